@@ -1,0 +1,281 @@
+"""What can be asked of the engine: frozen, keyword-only dataclasses that check themselves.
+
+The service takes `LoraConfig` and `TrainingConfig` as they stand in the body of ``POST /jobs``, so that one
+definition runs from the HTTP request to the device. A wrong value raises `SpecError`, which is a `ValueError`
+with the field's name. No torch is imported here.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+from lora_engine.errors import SpecError
+
+T = TypeVar("T")
+
+ALL_LINEAR = "all-linear"
+MAX_RANK = 1024
+_MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+# Read by Pydantic where such a dataclass is a request field; a plain mapping, so that the engine needs no Pydantic.
+_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapter's shape (Hu et al. 2021, arXiv 2106.09685).
+
+    The adapted layer computes ``W·x + scaling · B·A·x`` with A (rank × in), B (out × rank) and
+    ``scaling = alpha / rank``, or ``alpha / √rank`` with rsLoRA (arXiv 2312.03732).
+
+    Attributes:
+        rank: rows of A.
+        alpha: numerator of the scaling; twice the rank when left out.
+        dropout: share of the adapter's inputs zeroed while training.
+        target_modules: last names of the linear layers to adapt ("q_proj"), full names, or "all-linear":
+            every linear layer but the output head.
+        use_rslora: divide alpha by √rank instead of rank.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: Sequence[str] | Literal["all-linear"] = ALL_LINEAR
+    use_rslora: bool = False
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    def __post_init__(self) -> None:
+        _bounded(self, "rank", 1, MAX_RANK)
+        if self.alpha is not None:
+            _bounded(self, "alpha", 0, 65536, exclusive_low=True)
+        _bounded(self, "dropout", 0, 0.95)
+        if self.target_modules == ALL_LINEAR:
+            return
+        if isinstance(self.target_modules, str):
+            raise SpecError(f'expected a list of module names or "{ALL_LINEAR}"', field="target_modules")
+        names = tuple(self.target_modules)
+        if not 1 <= len(names) <= 1024:
+            raise SpecError("expected between 1 and 1024 module names", field="target_modules")
+        for name in names:
+            if not isinstance(name, str) or len(name) > 200 or not _MODULE_NAME.fullmatch(name):
+                raise SpecError(f"{str(name)[:40]!r} is not a module name", field="target_modules")
+        object.__setattr__(self, "target_modules", tuple(dict.fromkeys(names)))
+
+    @property
+    def resolved_alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else float(self.alpha)
+
+    @property
+    def scaling(self) -> float:
+        return self.resolved_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the adapter is trained.
+
+    Attributes:
+        quantization: "nf4" keeps the base weights in 4 bit with double quantisation (QLoRA, arXiv 2305.14314).
+        compute_dtype: of the frozen weights once dequantised, and of the activations; "auto" is bf16 on CUDA, fp32 on CPU.
+        epochs: passes over the training examples.
+        max_steps: end after so many optimizer steps, whatever `epochs` says.
+        global_batch: examples per optimizer step, however many micro-batches it takes.
+        sequence_length: longer examples are cut at the end, in tokens.
+        learning_rate: peak rate.
+        schedule: "cosine" (half a cycle, down to 0), "linear" (down to 0) or "constant", after the warm-up.
+        warmup_ratio: share of all steps in which the rate rises from 0.
+        weight_decay: decoupled, on A and B (AdamW, arXiv 1711.05101).
+        max_grad_norm: gradients are scaled down to this norm.
+        validation_fraction: share of the examples held out when no validation dataset is named.
+        eval_every: steps between two evaluations; 0 evaluates at the start and the end only.
+        checkpoint_every: steps between two checkpoints.
+        seed: of the initial A, the data order, the held-out split and the dropout masks.
+    """
+
+    quantization: Literal["none", "nf4"] = "none"
+    compute_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    epochs: int = 1
+    max_steps: int | None = None
+    global_batch: int = 8
+    sequence_length: int = 2048
+    learning_rate: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    validation_fraction: float = 0.05
+    eval_every: int = 0
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    def __post_init__(self) -> None:
+        _one_of(self, "quantization", ("none", "nf4"))
+        _one_of(self, "compute_dtype", ("auto", "fp32", "bf16"))
+        _one_of(self, "schedule", ("cosine", "linear", "constant"))
+        _bounded(self, "epochs", 1, 1000)
+        if self.max_steps is not None:
+            _bounded(self, "max_steps", 1, 10_000_000)
+        _bounded(self, "global_batch", 1, 4096)
+        _bounded(self, "sequence_length", 8, 131_072)
+        _bounded(self, "learning_rate", 0, 1, exclusive_low=True)
+        _bounded(self, "warmup_ratio", 0, 1)
+        _bounded(self, "weight_decay", 0, 1)
+        _bounded(self, "max_grad_norm", 0, 1e6, exclusive_low=True)
+        _bounded(self, "validation_fraction", 0, 0.5)
+        _bounded(self, "eval_every", 0, 10_000_000)
+        _bounded(self, "checkpoint_every", 1, 10_000_000)
+        _bounded(self, "seed", 0, 2**31 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """One training job on files of this machine.
+
+    Attributes:
+        base_model: folder with config, tokenizer and safetensors.
+        dataset: JSONL file of training examples.
+        output: folder for the adapter and the checkpoints.
+        validation_dataset: JSONL file; without it a share of `dataset` is held out.
+        base_model_name: what `adapter_config.json` calls the base model; the folder when left out.
+        device: "auto" is the first CUDA device, or the CPU.
+    """
+
+    base_model: str
+    dataset: str
+    output: str
+    validation_dataset: str | None = None
+    base_model_name: str | None = None
+    device: str = "auto"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedAdapter:
+    """One source of a merge: an adapter's folder and the weight its delta gets, of any sign."""
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _bounded(self, "weight", -1e4, 1e4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSpec:
+    """Several adapters into one.
+
+    Attributes:
+        adapters: the sources, all of one base model.
+        output: folder for the merged adapter.
+        method: "stack" concatenates along the rank and is exact.
+    """
+
+    adapters: Sequence[WeightedAdapter]
+    output: str
+    method: Literal["stack"] = "stack"
+
+    def __post_init__(self) -> None:
+        _one_of(self, "method", ("stack",))
+        if not self.adapters:
+            raise SpecError("expected at least one adapter", field="adapters")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Build a spec (and the specs inside it) from decoded JSON.
+
+    Raises:
+        SpecError: an unknown, missing or impossible field, named from the spec's root.
+    """
+    if not isinstance(values, Mapping):
+        raise SpecError(f"{prefix or 'spec'}: expected an object", field=prefix.rstrip("."))
+    hints = typing.get_type_hints(cls)
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise SpecError(f"{prefix}{name}: unknown field; known are {', '.join(fields)}", field=f"{prefix}{name}")
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise SpecError(f"{prefix}{name}: is missing", field=f"{prefix}{name}")
+    arguments = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
+    try:
+        return cls(**arguments)
+    except SpecError as error:
+        if prefix:
+            raise SpecError(f"{prefix}{error.message}", field=f"{prefix}{error.field}") from None
+        raise
+
+
+def to_mapping(spec: Any) -> dict[str, Any]:
+    """The inverse of `from_mapping`: plain JSON values."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return to_mapping(value)
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return {item.name: plain(getattr(spec, item.name)) for item in dataclasses.fields(spec)}
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_mapping(hint, value, f"{path}.")
+    (*_, inner) = typing.get_args(hint) or (None,)
+    if typing.get_origin(hint) is Sequence and dataclasses.is_dataclass(inner) and isinstance(value, list):
+        return [_convert(inner, item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if not _matches(hint, value):
+        raise SpecError(f"{path}: {_short(value)} is of the wrong type", field=path)
+    return value
+
+
+def _matches(hint: Any, value: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(option, value) for option in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is Sequence:
+        (inner,) = typing.get_args(hint)
+        return isinstance(value, list) and all(_matches(inner, item) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return value is None if hint is type(None) else isinstance(value, hint)
+
+
+def _bounded(spec: Any, name: str, low: float, high: float, *, exclusive_low: bool = False) -> None:
+    value = getattr(spec, name)
+    # `not (…)` rather than `value < low`: NaN compares false with everything.
+    if not (low < value if exclusive_low else low <= value) or not value <= high:
+        bound = "greater than" if exclusive_low else "at least"
+        raise SpecError(f"{name}: {_short(value)} must be {bound} {low} and at most {high}", field=name)
+
+
+def _one_of(spec: Any, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(spec, name)
+    if value not in allowed:
+        raise SpecError(f"{name}: {_short(value)} must be one of {', '.join(allowed)}", field=name)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40]
+
+
+__all__ = [
+    "ALL_LINEAR",
+    "LoraConfig",
+    "MergeSpec",
+    "TrainSpec",
+    "TrainingConfig",
+    "WeightedAdapter",
+    "from_mapping",
+    "to_mapping",
+]
