@@ -1,8 +1,8 @@
 """What can be asked of the engine: frozen, keyword-only dataclasses that check themselves.
 
-The service takes `LoraConfig` and `TrainingConfig` as they stand in the body of ``POST /jobs``, so that one
-definition runs from the HTTP request to the device. A wrong value raises `SpecError`, which is a `ValueError`
-with the field's name. No torch is imported here.
+The service takes `LoraConfig` and `TrainingConfig` as they stand in the body of ``POST /jobs`` (through
+`from_mapping`), so that one definition runs from the HTTP request to the device. A wrong value raises
+`SpecError`, which is a `ValueError` with the field's name. No torch is imported here.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lora_engine.errors import SpecError
 
@@ -20,8 +20,6 @@ T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1024
 _MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
-# Read by Pydantic where such a dataclass is a request field; a plain mapping, so that the engine needs no Pydantic.
-_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +43,6 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: Sequence[str] | Literal["all-linear"] = ALL_LINEAR
     use_rslora: bool = False
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     def __post_init__(self) -> None:
         _bounded(self, "rank", 1, MAX_RANK)
@@ -111,8 +107,6 @@ class TrainingConfig:
     eval_every: int = 0
     checkpoint_every: int = 50
     seed: int = 0
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     def __post_init__(self) -> None:
         _one_of(self, "quantization", ("none", "nf4"))
