@@ -1,0 +1,95 @@
+"""The database: one engine per process, transactions with one edge, and the database's own clock.
+
+SQLite runs in WAL mode with full fsync; transactions that write begin as IMMEDIATE, because a deferred one that
+turns into a writer fails at once instead of waiting. PostgreSQL needs nothing special.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Float, create_engine, event, make_url
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.functions import FunctionElement
+
+_AFTER_COMMIT = "luthier.after_commit"
+_WRITES = "luthier_writes"
+
+
+class now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function that it is
+    """Unix seconds by the database's clock, also inside a long transaction. Workers' clocks decide nothing."""
+
+    type = Float(53)
+    inherit_cache = True
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(*_: Any, **__: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(*_: Any, **__: Any) -> str:
+    # unixepoch('subsec') is NULL on the SQLite 3.40 of Debian 12.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+class Database:
+    """The engine and its two kinds of transaction."""
+
+    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+        parsed = make_url(url)
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool_size, "max_overflow": 20}
+        if self.is_sqlite:
+            options["connect_args"] = {"timeout": 10, "check_same_thread": False}
+        else:
+            # A full pool or a dead server answers 503 soon instead of holding the request.
+            options |= {"pool_timeout": 2, "connect_args": {"connect_timeout": 5}}
+        self.engine: Engine = create_engine(parsed, **options)
+        if self.is_sqlite:
+            event.listen(self.engine, "connect", _configure_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+
+    @contextmanager
+    def unit_of_work(self) -> Iterator[Session]:
+        """One transaction that writes: committed at the end of the block, or not at all.
+
+        What `after_commit` was given runs once the commit has happened.
+        """
+        with Session(self.engine.execution_options(**{_WRITES: True}), expire_on_commit=False) as session:
+            with session.begin():
+                yield session
+            callbacks: list[Callable[[], None]] = session.info.pop(_AFTER_COMMIT, [])
+        for callback in callbacks:
+            callback()
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """One transaction that only reads, rolled back at the end."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def after_commit(session: Session, callback: Callable[[], None]) -> None:
+    """Run `callback` when the unit of work has committed; never when it has not."""
+    callbacks = session.info.setdefault(_AFTER_COMMIT, [])
+    if callback not in callbacks:
+        callbacks.append(callback)
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver's own BEGINs are deferred; `_begin_sqlite` decides instead
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,42 @@
+"""A job's event log: numbered without gaps, appended in the transaction of what it tells."""
+
+from typing import Any, Literal
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from service.models import Job, JobEvent
+
+
+def append(
+    session: Session,
+    job_id: str,
+    message: str,
+    *,
+    type: Literal["message", "metrics"] = "message",  # noqa: A002 - the wire's word
+    level: Literal["info", "warn", "error"] = "info",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Add one event. The counter lives in the job's row, so writers of one job queue up behind each other."""
+    row = session.execute(
+        update(Job).where(Job.id == job_id).values(event_seq=Job.event_seq + 1).returning(Job.event_seq, Job.epoch)
+    ).one()
+    session.add(
+        JobEvent(
+            job_id=job_id, seq=row.event_seq, epoch=row.epoch, type=type, level=level, message=message, data=data or {}
+        )
+    )
+    session.flush()
+
+
+def after(session: Session, job_id: str, seq: int, limit: int) -> list[JobEvent]:
+    """Up to `limit` events with a higher number than `seq`, in order."""
+    rows = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq).order_by(JobEvent.seq).limit(limit)
+    return list(session.scalars(rows))
+
+
+def metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
+    """One point per step and kind. Steps that were repeated after a loss count once, as they ended up."""
+    rows = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics").order_by(JobEvent.seq)
+    points = {(data.get("step", 0), "validation_loss" in data): data for data in session.scalars(rows)}
+    return [points[key] for key in sorted(points)]
