@@ -76,7 +76,7 @@ class TrainingConfig:
 
     Attributes:
         quantization: "nf4" keeps the base weights in 4 bit with double quantisation (QLoRA, arXiv 2305.14314).
-        compute_dtype: of the frozen weights once dequantised, and of the activations; "auto" is bf16 on CUDA, fp32 on CPU.
+        compute_dtype: of dequantised weights and activations; "auto" is bf16 on CUDA, fp32 on CPU.
         epochs: passes over the training examples.
         max_steps: end after so many optimizer steps, whatever `epochs` says.
         global_batch: examples per optimizer step, however many micro-batches it takes.

@@ -16,6 +16,10 @@ class StrictJSONError(ValueError):
     """The bytes are not strict JSON; the message says what and, where known, in which column."""
 
 
+class UnusableValue(StrictJSONError):
+    """The text can be read, but holds a value that nothing further down can take."""
+
+
 def loads(data: bytes | str) -> Any:
     """Decode one JSON document.
 
@@ -45,13 +49,13 @@ def loads(data: bytes | str) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise StrictJSONError(f"{name} is not JSON")
+    raise UnusableValue(f"{name} is not JSON")
 
 
 def _finite_float(literal: str) -> float:
     value = float(literal)
     if not math.isfinite(value):
-        raise StrictJSONError(f"the number {literal[:20]} is too large")
+        raise UnusableValue(f"the number {literal[:20]} is too large")
     return value
 
 
@@ -75,15 +79,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check(value: Any, depth: int) -> None:
     """Depth, and strings that no database or tokenizer takes: lone surrogates and NUL."""
     if depth > MAX_DEPTH:
-        raise StrictJSONError(f"nested deeper than {MAX_DEPTH} levels")
+        raise UnusableValue(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, str):
         if "\x00" in value:
-            raise StrictJSONError("a string contains the NUL character")
+            raise UnusableValue("a string contains the NUL character")
         if not value.isascii():
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError:
-                raise StrictJSONError("a string contains half of a surrogate pair") from None
+                raise UnusableValue("a string contains half of a surrogate pair") from None
     elif isinstance(value, dict):
         for key, item in value.items():
             _check(key, depth + 1)

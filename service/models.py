@@ -95,7 +95,10 @@ class BaseModel(Table):
 
 
 class Dataset(Table):
-    """An uploaded file of examples. `ready` once every row was checked and the object is durable."""
+    """An uploaded file of examples. `ready` once every row was checked and the object is durable.
+
+    A deleted one stays as a tombstone, because jobs refer to it; `purged_at` says that its object is gone too.
+    """
 
     __tablename__ = "datasets"
     __table_args__ = (
@@ -110,10 +113,15 @@ class Dataset(Table):
     sha256: Mapped[str] = mapped_column(String(64))
     rows: Mapped[int | None]
     created_at: Mapped[float] = _created()
+    deleted_at: Mapped[float | None]
+    purged_at: Mapped[float | None]
 
 
 class Job(Table):
-    """The truth about one training or merge. `epoch` is the fencing token: it rises at every claim, reap and release."""
+    """The truth about one training or merge.
+
+    `epoch` is the fencing token: it rises at every claim, reap and release. A lower `priority` runs first.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -147,7 +155,6 @@ class Job(Table):
     lease_until: Mapped[float | None]
     cancel_requested_at: Mapped[float | None]
     lost_without_progress: Mapped[int] = mapped_column(Integer, default=0)
-    job_faults: Mapped[int] = mapped_column(Integer, default=0)
 
     phase: Mapped[str | None] = mapped_column(String(40))
     step: Mapped[int] = mapped_column(default=0)
@@ -162,6 +169,7 @@ class Job(Table):
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     announced_at: Mapped[float] = mapped_column(default=now())
+    purged_at: Mapped[float | None]
 
 
 class JobEvent(Table):
@@ -191,7 +199,7 @@ class Checkpoint(Table):
 
 
 class Adapter(Table):
-    """A job's result: complete, verified, and exactly one per job."""
+    """A job's result: complete, verified, and exactly one per job. A deleted one stays as a tombstone for lineage."""
 
     __tablename__ = "adapters"
     __table_args__ = (UniqueConstraint("job_id"), Index("ix_adapters_owner_id_id", "owner_id", "id"))
@@ -208,6 +216,8 @@ class Adapter(Table):
     rank: Mapped[int] = mapped_column(Integer)
     metrics: Mapped[dict[str, Any]]
     created_at: Mapped[float] = _created()
+    deleted_at: Mapped[float | None]
+    purged_at: Mapped[float | None]
 
 
 class AdapterParent(Table):

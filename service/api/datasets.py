@@ -1,0 +1,130 @@
+"""/datasets"""
+
+from typing import Annotated
+
+import anyio
+from fastapi import APIRouter, Query, Request, Response
+
+from service import datasets, schemas
+from service.api.download import StoredFile, send_file
+from service.api.errors import documented
+from service.api.form import Form
+from service.api.paging import page
+from service.api.request import After, Caller, Inside, Limit, Parts, chunks, media_type
+from service.errors import Conflict, ServiceError, UnsupportedMedia
+from service.models import Dataset
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+_RAW_TYPES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines", "application/octet-stream",
+              "application/json", "text/plain")  # fmt: skip
+_FORM_BYTES = 64 << 10  # what the form's own lines may add to the file
+_FILE = {"type": "string", "format": "binary", "description": "one JSON object per line"}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": _FILE, "name": {"type": "string", "maxLength": 100}},
+                },
+                "example": {"file": schemas.DATASET_EXAMPLE, "name": "support answers"},
+            },
+            "application/jsonl": {"schema": {"type": "string"}, "example": schemas.DATASET_EXAMPLE},
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload a dataset",
+    responses=documented(400, 408, 413, 415, 422, 507),
+    openapi_extra=_BODY,
+)
+async def create_dataset(
+    request: Request,
+    caller: Caller,
+    parts: Inside,
+    name: Annotated[str | None, Query(description="of the dataset, when the body is the file itself")] = None,
+) -> schemas.Dataset:
+    """A form with the field `file`, or the file itself as the body. Each line is checked while it arrives: the first
+    that is no example is answered with its number, and nothing is kept."""
+    with datasets.Upload(parts.settings) as upload:
+        name = await _receive(request, parts, upload, name)
+        received = await anyio.to_thread.run_sync(upload.finish)
+        row = await anyio.to_thread.run_sync(
+            datasets.add, parts.database, parts.storage, caller.user_id, datasets.check_name(name), received
+        )
+    return _dataset(row)
+
+
+async def _receive(request: Request, parts: Parts, upload: datasets.Upload, name: str | None) -> str:
+    """Take the whole body; returns the dataset's name."""
+    form: Form | None = None
+    if media_type(request) == "multipart/form-data":
+        form = Form(request.headers["content-type"], upload)
+    elif media_type(request) not in _RAW_TYPES:
+        raise UnsupportedMedia("send a form with the field `file`, or the file with 'Content-Type: application/jsonl'")
+    elif name is not None:
+        datasets.check_name(name)
+    fault: ServiceError | None = None
+    async for chunk in chunks(request, parts.settings.max_upload_bytes + (_FORM_BYTES if form else 0)):
+        if fault is None:
+            try:
+                await anyio.to_thread.run_sync((form or upload).write, chunk)
+            except ServiceError as error:
+                # Read on: to a client that is still sending, an early answer looks like a broken connection.
+                fault = error
+    if fault is not None:
+        raise fault
+    if form is None:
+        return name or "dataset"
+    form.finish()
+    if form.name is not None:
+        return form.name
+    return form.filename if datasets.NAME.fullmatch(form.filename) else name or "dataset"
+
+
+@router.get("", summary="List datasets", responses=documented(422))
+def list_datasets(caller: Caller, parts: Inside, after: After = None, limit: Limit = 20) -> schemas.Page[schemas.Dataset]:
+    with parts.database.reading() as session:
+        rows, more = datasets.page(session, caller.user_id, after, limit)
+        return page(schemas.Dataset, [_dataset(row) for row in rows], more)
+
+
+@router.get("/{dataset_id}", summary="Get a dataset", responses=documented(404))
+def get_dataset(caller: Caller, parts: Inside, dataset_id: str) -> schemas.Dataset:
+    with parts.database.reading() as session:
+        return _dataset(datasets.get(session, caller.user_id, dataset_id))
+
+
+@router.delete("/{dataset_id}", summary="Delete a dataset", responses=documented(404, 409))
+def delete_dataset(caller: Caller, parts: Inside, dataset_id: str) -> schemas.Deleted:
+    """Refused while a job that has not ended uses it. Adapters that were made from it stay."""
+    with parts.database.unit_of_work() as session:
+        datasets.delete(session, caller.user_id, dataset_id)
+    return schemas.Deleted(id=dataset_id, object="dataset")
+
+
+@router.head("/{dataset_id}/content", include_in_schema=False)
+@router.get(
+    "/{dataset_id}/content",
+    summary="Download a dataset",
+    response_class=Response,
+    responses=documented(404, 409, 416) | {200: {"content": {"application/jsonl": {}}}},
+)
+def get_content(request: Request, caller: Caller, parts: Inside, dataset_id: str) -> Response:
+    """The very bytes that were uploaded; with ranges and conditional requests."""
+    with parts.database.reading() as session:
+        row = datasets.get(session, caller.user_id, dataset_id)
+    if row.status != "ready":
+        raise Conflict("the dataset is still being stored; try again in a moment")
+    file = StoredFile(f"{row.id}.jsonl", datasets.object_key(row.id), row.bytes, row.sha256)
+    return send_file(request, parts.storage, file, "application/jsonl")
+
+
+def _dataset(row: Dataset) -> schemas.Dataset:
+    return schemas.Dataset.model_validate(row, from_attributes=True)

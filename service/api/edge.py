@@ -1,0 +1,65 @@
+"""The outermost layer of the HTTP face: what holds for every request, whatever its route."""
+
+import logging
+from urllib.parse import unquote_to_bytes
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import answer
+from service.errors import Malformed, NotFound, ServiceError, UnsupportedMedia
+from service.models import new_id
+
+MAX_HEADER_BYTES = 32 << 10
+log = logging.getLogger(__name__)
+
+
+class Edge:
+    """Gives each request an id, refuses what no route takes, and turns unforeseen faults into the one error shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = new_id("request")
+        started = False
+
+        async def send_marked(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                marks = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+                message["headers"] = [*message.get("headers", []), *marks]
+            await send(message)
+
+        try:
+            refused = _refusal(scope)
+            if refused is None:
+                await self._app(scope, receive, send_marked)
+            else:
+                await answer(refused)(scope, receive, send_marked)
+        except Exception:
+            log.exception("%s: %s %r failed", request_id, scope["method"], scope["path"])
+            if started:
+                raise  # the server cuts the connection, so that nobody takes the part for the whole
+            fault = ServiceError(f"something went wrong here; the logs tell more about {request_id}")
+            await answer(fault)(scope, receive, send_marked)
+
+
+def _refusal(scope: Scope) -> ServiceError | None:
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        return HeadersTooLarge(f"the headers are longer than {MAX_HEADER_BYTES} bytes")
+    if not scope["path"].isprintable():
+        return NotFound("no such path")
+    # Queries end up in logs and histories; a key that was sent in one should be replaced.
+    if b"luthier_" in unquote_to_bytes(scope["query_string"]):
+        return Malformed("an API key never goes into the URL; send it as 'Authorization: Bearer …'")
+    if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in scope["headers"]):
+        return UnsupportedMedia("compressed bodies are not read; send the bytes as they are")
+    return None
+
+
+class HeadersTooLarge(ServiceError):
+    status, code, category = 431, "headers_too_large", "user"

@@ -1,0 +1,160 @@
+"""What routes are given: the parts of this process, who asks, and the body."""
+
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import anyio
+from celery import Celery
+from fastapi import Depends, Header, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import TypeAdapter
+
+from lora_engine import strict_json
+from lora_engine.config import from_mapping
+from service import jobs, users
+from service.db import Database
+from service.errors import Invalid, Malformed, TimedOut, TooLarge, UnsupportedMedia
+from service.settings import Settings
+from service.storage import Storage
+
+T = TypeVar("T")
+SILENCE_SECONDS = 30.0  # a client that sends nothing for so long is gone
+MIN_BYTES_PER_SECOND = 1024  # …or holds the connection for its own sake
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a process that serves HTTP is made of."""
+
+    settings: Settings
+    database: Database
+    storage: Storage
+    celery: Celery
+
+
+def _parts(request: Request) -> Parts:
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+Inside = Annotated[Parts, Depends(_parts)]
+
+_bearer = HTTPBearer(auto_error=False, description="A key made by `luthier keys create`.")
+
+
+def _caller(parts: Inside, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> users.Principal:
+    # A transaction of its own: the one that does the work must not wait for a slow body.
+    with parts.database.reading() as session:
+        return users.authenticate(session, bearer.credentials if bearer else None)
+
+
+Caller = Annotated[users.Principal, Depends(_caller)]
+
+After = Annotated[
+    str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,100}$", description="the id before which the page begins")
+]
+Limit = Annotated[int, Query(ge=1, le=100, description="how many at most")]
+
+
+async def chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The body as it arrives.
+
+    Raises:
+        TooLarge: at once when the length says so, or else as soon as `limit` is passed.
+        TimedOut: it does not arrive, or hardly.
+        ClientDisconnect: the client went away before the end.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise TooLarge(f"the body is larger than {limit} bytes")
+    stream, received, began = request.stream(), 0, anyio.current_time()
+    while True:
+        with anyio.move_on_after(SILENCE_SECONDS) as silence:
+            chunk = await anext(stream, None)
+        if silence.cancelled_caught:
+            raise TimedOut(f"no byte of the body came for {SILENCE_SECONDS:.0f} s")
+        if chunk is None:
+            return
+        received += len(chunk)
+        if received > limit:
+            raise TooLarge(f"the body is larger than {limit} bytes")
+        elapsed = anyio.current_time() - began
+        if elapsed > SILENCE_SECONDS and received < elapsed * MIN_BYTES_PER_SECOND:
+            raise TimedOut(f"the body comes slower than {MIN_BYTES_PER_SECOND} bytes a second")
+        if chunk:
+            yield chunk
+
+
+def media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+@dataclass(frozen=True)
+class Body:
+    """A decoded JSON object and the SHA-256 of its canonical form."""
+
+    values: Any
+    sha256: str
+
+
+async def _read_json(request: Request) -> Body:
+    if media_type(request) != "application/json":
+        raise UnsupportedMedia("the body must be JSON: send it with 'Content-Type: application/json'")
+    data = b"".join([chunk async for chunk in chunks(request, request.app.state.parts.settings.max_body_bytes)])
+    if not data.strip():
+        raise Invalid("the body is empty; a JSON object is expected")
+    try:
+        values = strict_json.loads(data)
+    except strict_json.UnusableValue as error:
+        raise Invalid(f"the body: {error}", code="invalid_json") from None
+    except strict_json.StrictJSONError as error:
+        raise Malformed(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    canonical = json.dumps([request.url.path, values], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return Body(values, hashlib.sha256(canonical.encode()).hexdigest())
+
+
+JsonBody = Annotated[Body, Depends(_read_json)]
+
+
+def parse(cls: type[T], body: Body) -> T:
+    """Raises SpecError, which names the field."""
+    return from_mapping(cls, body.values)
+
+
+def body_schema(cls: type[Any], example: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI `requestBody` of a spec, from the same dataclass that reads it."""
+    schema = TypeAdapter(cls).json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            rest = {key: item for key, item in value.items() if key != "$ref"}
+            return inline(definitions[value["$ref"].rsplit("/", 1)[-1]]) | rest
+        closed = {"additionalProperties": False} if value.get("type") == "object" else {}
+        return {key: inline(item) for key, item in value.items()} | closed
+
+    content = {"application/json": {"schema": inline(schema), "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def idempotency(body: Body, key: str | None) -> jobs.Idempotency | None:
+    """Raises Malformed for a key that is too long or cannot be printed."""
+    if key is None:
+        return None
+    if not re.fullmatch(r"[\x20-\x7e]{1,255}", key):
+        raise Malformed("Idempotency-Key: 1 to 255 printable ASCII characters", param="Idempotency-Key")
+    return jobs.Idempotency(key=key, body_sha256=body.sha256)
+
+
+IdempotencyHeader = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", description="the same key and body again answer with the same job"),
+]

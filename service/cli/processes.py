@@ -1,0 +1,64 @@
+"""One process each: what containers run, and what `luthier up` supervises."""
+
+import os
+import sys
+import time
+from typing import Annotated
+
+import httpx
+import typer
+
+import migrations
+from service.settings import Settings
+
+
+def api(
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+) -> None:
+    """Serve HTTP."""
+    import uvicorn  # a quarter of a second that no other command needs
+
+    uvicorn.run(
+        "service.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=65536,
+    )
+
+
+def worker() -> None:
+    """Train and merge: one job at a time on one device."""
+    # Another program, because this one is not to know the worker: the import rule has one direction.
+    os.execv(sys.executable, [sys.executable, "-m", "worker"])  # noqa: S606
+
+
+def migrate() -> None:
+    """Bring the database's schema up to date."""
+    migrations.upgrade(Settings().database_url)
+
+
+def wait_ready(
+    url: Annotated[str, typer.Option(help="where the API listens")] = "http://127.0.0.1:8000",
+    timeout: Annotated[float, typer.Option(help="seconds to wait")] = 30,
+) -> None:
+    """Wait until the service answers /readyz with 200."""
+    deadline = time.monotonic() + timeout
+    while not is_ready(url):
+        if time.monotonic() > deadline:
+            typer.echo(f"{url} is not ready after {timeout:g} s", err=True)
+            raise typer.Exit(1)
+        time.sleep(0.1)
+
+
+def is_ready(url: str) -> bool:
+    """Whether the service at `url` answers and has all it needs."""
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,267 @@
+"""The worker's side of a job: claimed, kept by a lease, and ended, each by one compare-and-set.
+
+`Job.epoch` is the fencing token. It rises at every claim, reap and release, so whoever holds an older one changes no
+row: that raises `Fenced`, and the holder stops at once. The lease only licenses the reaper. All times are the
+database's. State machine and SQL follow what River, Oban, Solid Queue and Hatchet do, with completion fenced too.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import case, func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from service import events, queue
+from service.db import now
+from service.models import ACTIVE, Adapter, Checkpoint, Job, new_id
+
+MAX_LOSSES = 3  # losses in a row without a newer checkpoint, after which a job fails
+_BACKOFF_SECONDS = 5.0
+
+
+class Fenced(Exception):
+    """Another epoch owns the job now, or it has ended: nothing of this attempt counts any more."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One attempt at one job. Every effect of the attempt carries `epoch`."""
+
+    job_id: str
+    owner_id: str
+    kind: str
+    epoch: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an attempt has to tell since it last did; `points` go to the event log as metrics."""
+
+    phase: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    eta_seconds: float | None = None
+    points: tuple[dict[str, Any], ...] = field(default=())
+
+
+def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: float) -> Claim | None:
+    """Take the next queued job (T3), or None when there is none or the device is in use."""
+    # The CTE keeps PostgreSQL from updating more rows than LIMIT says; SQLite has one writer and ignores FOR UPDATE.
+    candidate = (
+        select(Job.id)
+        .where(Job.state == "queued", Job.run_after <= now())
+        .order_by(Job.priority, Job.run_after, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .cte("candidate")
+    )
+    statement = (
+        update(Job)
+        .where(Job.id == candidate.c.id, Job.state == "queued")
+        .values(
+            state="claimed",
+            epoch=Job.epoch + 1,
+            attempt=Job.attempt + 1,
+            worker_id=worker_id,
+            device_slot=device_slot,
+            lease_until=now() + lease_seconds,
+            phase="claimed",
+        )
+        .returning(Job.id, Job.owner_id, Job.kind, Job.epoch, Job.attempt)
+        .execution_options(synchronize_session=False)
+    )
+    try:
+        with session.begin_nested():
+            row = session.execute(statement).first()
+    except IntegrityError:  # uq_jobs_device_slot: one runner per device, by the database's word
+        return None
+    if row is None:
+        return None
+    events.append(session, row.id, f"Claimed by a worker (attempt {row.attempt})")
+    return Claim(row.id, row.owner_id, row.kind, row.epoch, row.attempt)
+
+
+def start(session: Session, claim: Claim) -> None:
+    """The attempt begins its work (T4)."""
+    _change(session, claim, ("claimed", "running"), state="running", started_at=func.coalesce(Job.started_at, now()))
+    events.append(session, claim.job_id, "Running")
+
+
+def renew(session: Session, claim: Claim, lease_seconds: float, progress: Progress | None = None) -> bool:
+    """Keep the lease and tell the progress (T5). Returns whether somebody asked to cancel.
+
+    Raises:
+        Fenced: the job is no longer this attempt's.
+    """
+    told = progress or Progress()
+    values: dict[str, Any] = {"lease_until": now() + lease_seconds}
+    for name in ("phase", "step", "total_steps", "eta_seconds"):
+        if getattr(told, name) is not None:
+            values[name] = getattr(told, name)
+    row = _change(session, claim, ACTIVE, **values)
+    for point in told.points:
+        events.append(session, claim.job_id, _describe(point), type="metrics", data=point)
+    return row.cancel_requested_at is not None
+
+
+def note(session: Session, claim: Claim, message: str, **data: Any) -> None:
+    """An event of this attempt, unless it was fenced."""
+    _change(session, claim, ACTIVE)
+    events.append(session, claim.job_id, message, data=data)
+
+
+def add_checkpoint(session: Session, claim: Claim, step: int, prefix: str, manifest_sha256: str) -> None:
+    """Record a checkpoint that is uploaded and verified (T6). The object store cannot fence; this row does."""
+    _change(session, claim, ("running",), lost_without_progress=0)
+    session.add(
+        Checkpoint(job_id=claim.job_id, step=step, epoch=claim.epoch, prefix=prefix, manifest_sha256=manifest_sha256)
+    )
+    events.append(session, claim.job_id, f"Checkpoint at step {step}", data={"step": step})
+
+
+def checkpoints(session: Session, job_id: str) -> list[Checkpoint]:
+    """The recorded checkpoints, newest first."""
+    rows = select(Checkpoint).where(Checkpoint.job_id == job_id)
+    return list(session.scalars(rows.order_by(Checkpoint.step.desc(), Checkpoint.epoch.desc())))
+
+
+def succeed(
+    session: Session,
+    claim: Claim,
+    *,
+    adapter_id: str,
+    prefix: str,
+    files: list[dict[str, Any]],
+    digest: str,
+    rank: int,
+    metrics: dict[str, Any],
+) -> None:
+    """Publish (T7): the adapter's row and the job's end in one transaction. A cancel that came first wins."""
+    row = _change(session, claim, ("running",), **_ended("succeeded"), phase=None, eta_seconds=None)
+    session.add(
+        Adapter(
+            id=adapter_id, owner_id=claim.owner_id, job_id=claim.job_id, base_model_id=row.base_model_id,
+            name=row.name, kind=claim.kind, epoch=claim.epoch, prefix=prefix, files=files, digest=digest,
+            rank=rank, metrics=metrics,
+        )
+    )  # fmt: skip
+    events.append(session, claim.job_id, "Succeeded", data={"adapter": adapter_id})
+
+
+def fail(session: Session, claim: Claim, code: str, category: str, message: str) -> None:
+    """End the job with a reason its owner can act on."""
+    row = _change(
+        session, claim, ACTIVE, **_ended("failed"), phase=None, eta_seconds=None,
+        error_code=code, error_category=category, error_message=message,
+    )  # fmt: skip
+    if row.cancel_requested_at is not None:  # the owner had given it up already
+        session.execute(
+            update(Job)
+            .where(Job.id == claim.job_id)
+            .values(state="cancelled", error_code=None, error_category=None, error_message=None)
+        )
+        events.append(session, claim.job_id, "Cancelled")
+    else:
+        events.append(session, claim.job_id, f"Failed: {message}", level="error", data={"code": code})
+
+
+def retry(session: Session, claim: Claim, code: str, message: str) -> None:
+    """The attempt was lost through no fault of the job (T8): queue it again, or fail after too many losses."""
+    row = _change(session, claim, ACTIVE)
+    if row.cancel_requested_at is not None:
+        cancelled(session, claim)
+    elif row.lost_without_progress + 1 >= MAX_LOSSES:
+        text = f"gave up after {MAX_LOSSES} attempts without progress; the last one: {message}"
+        fail(session, claim, code, "platform", text)
+    else:
+        losses = row.lost_without_progress + 1
+        delay = _BACKOFF_SECONDS * 2 ** (losses - 1)
+        _change(session, claim, ACTIVE, **_requeued(), lost_without_progress=losses, run_after=now() + delay)
+        events.append(session, claim.job_id, f"Queued again: {message}", level="warn", data={"code": code})
+
+
+def release(session: Session, claim: Claim) -> None:
+    """Give the job back after a checkpoint, because this worker stops (T12). Counts nothing against the job."""
+    row = _change(session, claim, ACTIVE)
+    if row.cancel_requested_at is not None:
+        cancelled(session, claim)
+        return
+    _change(session, claim, ACTIVE, **_requeued())
+    events.append(session, claim.job_id, "Given back by a worker that stops; queued again")
+    queue.enqueue(session, claim.job_id)
+
+
+def cancelled(session: Session, claim: Claim) -> None:
+    """The attempt has stopped because its owner asked for it (T10)."""
+    _change(session, claim, ACTIVE, **_ended("cancelled"), phase=None, eta_seconds=None)
+    events.append(session, claim.job_id, "Cancelled")
+
+
+def reap(session: Session) -> list[str]:
+    """Jobs whose lease ran out go back to the queue, or end (T11). Returns their ids."""
+    expired = select(Job.id).where(Job.lease_until < now()).with_for_update(skip_locked=True).cte("expired")
+    gone = Job.lost_without_progress + 1 >= MAX_LOSSES
+    ends = case((Job.cancel_requested_at.is_not(None), "cancelled"), (gone, "failed"), else_="queued")
+    over = Job.cancel_requested_at.is_not(None) | gone
+    statement = (
+        update(Job)
+        .where(Job.id == expired.c.id)
+        .values(
+            **_freed(), state=ends, lost_without_progress=Job.lost_without_progress + 1,
+            finished_at=case((over, now()), else_=None), phase=None, eta_seconds=None,
+        )
+        .returning(Job.id, Job.state)
+        .execution_options(synchronize_session=False)
+    )  # fmt: skip
+    rows = session.execute(statement).all()
+    for job_id, state in rows:
+        if state == "queued":
+            events.append(session, job_id, "The worker was lost; queued again", level="warn")
+            queue.enqueue(session, job_id)
+        elif state == "cancelled":
+            events.append(session, job_id, "Cancelled")
+        else:
+            message = f"the worker was lost {MAX_LOSSES} times without progress; the job may be killing it"
+            reason = {"error_code": "worker_lost", "error_category": "platform", "error_message": message}
+            session.execute(update(Job).where(Job.id == job_id).values(**reason))
+            events.append(session, job_id, f"Failed: {message}", level="error", data={"code": "worker_lost"})
+    return [row.id for row in rows]
+
+
+def new_adapter_id() -> str:
+    return new_id("adapter")
+
+
+def _change(session: Session, claim: Claim, states: tuple[str, ...], **values: Any) -> Any:
+    """Compare and set. The row stays locked until the end of the transaction."""
+    statement = (
+        update(Job)
+        .where(Job.id == claim.job_id, Job.epoch == claim.epoch, Job.state.in_(states))
+        .values(**values or {"epoch": Job.epoch})
+        .returning(Job.cancel_requested_at, Job.lost_without_progress, Job.base_model_id, Job.name)
+        .execution_options(synchronize_session=False)
+    )
+    row = session.execute(statement).first()
+    if row is None:
+        raise Fenced(claim.job_id)
+    return row
+
+
+def _ended(state: str) -> dict[str, Any]:
+    return {"state": state, "finished_at": now(), "lease_until": None, "worker_id": None, "device_slot": None}
+
+
+def _freed() -> dict[str, Any]:
+    return {"epoch": Job.epoch + 1, "lease_until": None, "worker_id": None, "device_slot": None}
+
+
+def _requeued() -> dict[str, Any]:
+    return {**_freed(), "state": "queued", "phase": None, "eta_seconds": None, "announced_at": now()}
+
+
+def _describe(point: dict[str, Any]) -> str:
+    if "validation_loss" in point:
+        return f"Step {point.get('step', 0)}: validation loss {point['validation_loss']:.4f}"
+    return f"Step {point.get('step', 0)}: loss {point.get('loss', 0.0):.4f}"

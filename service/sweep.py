@@ -1,0 +1,135 @@
+"""What keeps promises when somebody dies: sends messages, reaps leases, removes what nothing refers to.
+
+Every API and worker process runs one sweep; all of it is idempotent, so any number may run at once.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from celery import Celery
+from kombu.exceptions import OperationalError as BrokerError
+from sqlalchemy import select, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from service import datasets, leases, queue
+from service.db import Database, now
+from service.errors import ServiceError
+from service.models import TERMINAL, Adapter, Job
+from service.settings import Settings
+from service.storage import Storage
+
+log = logging.getLogger(__name__)
+_FENCED_GRACE_SECONDS = 900.0  # an attempt that lost its lease unnoticed may upload for so long
+
+
+class Sweep:
+    """A background thread; `start`, then `stop`."""
+
+    def __init__(self, settings: Settings, database: Database, storage: Storage, celery: Celery) -> None:
+        self._settings, self._database, self._storage, self._celery = settings, database, storage, celery
+        self._stopping = threading.Event()
+        self._quiet_until = 0.0
+        self._thread = threading.Thread(target=self._loop, name="sweep", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        queue.outbox_filled.set()
+        self._thread.join(timeout=10)
+
+    def once(self) -> None:
+        """Everything there is to do now. Faults of one part are logged and leave the others to run."""
+        if self._guarded("reap", self._reap):
+            self._guarded("relay", self._relay)
+            self._guarded("rewake", self._rewake)
+            self._guarded("purge", self._purge)
+
+    def _loop(self) -> None:
+        next_sweep = 0.0
+        while not self._stopping.is_set():
+            if time.monotonic() >= next_sweep:
+                self.once()
+                next_sweep = time.monotonic() + self._settings.sweep_seconds * random.uniform(0.8, 1.2)  # noqa: S311
+            else:
+                self._guarded("relay", self._relay)
+            queue.outbox_filled.wait(max(0.0, next_sweep - time.monotonic()))
+            queue.outbox_filled.clear()
+
+    def _guarded(self, name: str, part: Callable[[], None]) -> bool:
+        """False when the database did not answer."""
+        try:
+            part()
+        except (DBAPIError, SQLAlchemyError) as error:
+            # After an outage every lease looks expired: healthy workers get one lease's time to renew first.
+            self._quiet_until = time.monotonic() + self._settings.lease_seconds
+            log.warning("sweep: %s: the database does not answer: %s", name, type(error).__name__)
+            return False
+        except (BrokerError, ConnectionError, TimeoutError) as error:
+            log.warning("sweep: %s: the broker does not answer: %s", name, error)
+        except (ServiceError, OSError) as error:
+            log.warning("sweep: %s: %s", name, error)
+        return True
+
+    def _reap(self) -> None:
+        if time.monotonic() < self._quiet_until:
+            return
+        with self._database.unit_of_work() as session:
+            reaped = leases.reap(session)
+        for job_id in reaped:
+            log.warning("sweep: the lease of %s had run out", job_id)
+
+    def _relay(self) -> None:
+        queue.relay(self._database, self._celery)
+
+    def _rewake(self) -> None:
+        """Announce again what has waited for long: its message may be lost."""
+        due = (
+            select(Job.id)
+            .where(Job.state == "queued", Job.run_after <= now())
+            .where(Job.announced_at < now() - self._settings.rewake_seconds)
+            .order_by(Job.priority, Job.run_after)
+            .limit(100)
+        )
+        with self._database.unit_of_work() as session:
+            for job_id in session.scalars(due).all():
+                session.execute(update(Job).where(Job.id == job_id).values(announced_at=now()))
+                queue.enqueue(session, job_id)
+
+    def _purge(self) -> None:
+        datasets.sweep_abandoned(self._database, self._storage, self._settings)
+        purge_adapters(self._database, self._storage)
+        purge_leftovers(self._database, self._storage, _FENCED_GRACE_SECONDS)
+
+
+def purge_adapters(database: Database, storage: Storage) -> None:
+    """Remove the objects of deleted adapters. No transaction is open while objects are deleted."""
+    with database.reading() as session:
+        gone = select(Adapter.id, Adapter.prefix).where(Adapter.deleted_at.is_not(None), Adapter.purged_at.is_(None))
+        rows = session.execute(gone.limit(20)).all()
+    for adapter_id, prefix in rows:
+        storage.delete_prefix(prefix)
+        with database.unit_of_work() as session:
+            session.execute(update(Adapter).where(Adapter.id == adapter_id).values(purged_at=now()))
+
+
+def purge_leftovers(database: Database, storage: Storage, grace_seconds: float) -> None:
+    """Remove what ended jobs leave behind: checkpoints, and uploads of attempts that did not win."""
+    with database.reading() as session:
+        ended = (
+            select(Job.id, Adapter.prefix)
+            .outerjoin(Adapter, Adapter.job_id == Job.id)
+            .where(Job.state.in_(TERMINAL), Job.purged_at.is_(None), Job.finished_at < now() - grace_seconds)
+        )
+        rows = session.execute(ended.limit(20)).all()
+    for job_id, kept in rows:
+        storage.delete_prefix(f"jobs/{job_id}")
+        for key in list(storage.keys(f"adapters/{job_id}")):
+            if kept is None or not key.startswith(f"{kept}/"):
+                storage.delete_prefix(key)
+        with database.unit_of_work() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(purged_at=now()))

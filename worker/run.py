@@ -1,0 +1,290 @@
+"""One attempt at one job: claim → workspace → order → news → publish. The only place that moves a job."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from service import datasets, leases
+from service import storage as objects
+from service.db import Database
+from service.errors import ServiceError
+from service.leases import Claim, Fenced
+from service.models import Adapter, AdapterParent, BaseModel, Dataset, Job
+from service.settings import Settings
+from service.storage import ObjectDamaged, ObjectMissing, Storage
+from worker import workspace
+from worker.channel import News
+from worker.child import Host, HostDied
+from worker.progress import Reporter
+
+log = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.2  # how soon a cancel, a drain or a fence is noticed between two messages of the host
+
+
+class Drain:
+    """Set when the worker shall stop; since when, by the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    def begin(self) -> None:
+        self.since = self.since or time.monotonic()
+
+    def __bool__(self) -> bool:
+        return self.since is not None
+
+
+class Interrupted(Exception):
+    """The host could not go on, and the job is not to blame."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What an attempt works with."""
+
+    claim: Claim
+    settings: Settings
+    database: Database
+    storage: Storage
+    host: Host
+    drain: Drain
+
+
+def run_job(attempt: Attempt) -> None:
+    """Bring the attempt to an end, whatever happens. The host is dead afterwards unless it ended its order."""
+    claim = attempt.claim
+    try:
+        with Reporter(attempt.database, claim, attempt.settings) as reporter:
+            try:
+                with workspace.workspace(attempt.settings.work_dir, claim) as folder:
+                    _work(attempt, reporter, folder)
+            except (Fenced, SQLAlchemyError):
+                raise
+            except Exception as error:  # sorted into reasons, logged, and counted against endless repetition
+                _lose(attempt, error)
+    except Fenced:
+        # A cancel moves the row too; whoever still owns the epoch finishes it.
+        _kill(attempt)
+        try:
+            with attempt.database.unit_of_work() as session:
+                leases.cancelled(session, claim)
+        except Fenced:
+            log.warning("%s: epoch %d was fenced; its work is discarded", claim.job_id, claim.epoch)
+    except SQLAlchemyError:
+        # The lease will run out and the reaper will queue the job again.
+        log.exception("%s: the database did not take the end of this attempt", claim.job_id)
+        _kill(attempt)
+
+
+def _lose(attempt: Attempt, error: Exception) -> None:
+    """The attempt ended through no fault of the job: it goes back to the queue, counted."""
+    _kill(attempt)
+    code, message = _reason(error)
+    log.warning("%s: attempt lost: %s", attempt.claim.job_id, message, exc_info=error)
+    with attempt.database.unit_of_work() as session:
+        leases.retry(session, attempt.claim, code, message)
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    match error:
+        case HostDied():
+            return "process_died", _why_died(error.code)
+        case Interrupted():
+            return error.code, error.message
+        case ObjectMissing() | ObjectDamaged():
+            return "storage_damaged", f"a stored object is missing or damaged: {error}"
+        case ServiceError():
+            return "storage_unavailable", error.message
+        case OSError():
+            return "io_error", f"the worker's disk failed: {error.strerror or error}"
+        case _:
+            return "internal_error", f"an unforeseen fault in the worker: {type(error).__name__}"
+
+
+def _work(attempt: Attempt, reporter: Reporter, folder: Path) -> None:
+    reporter.tell(phase="fetching files")
+    with attempt.database.unit_of_work() as session:
+        leases.start(session, attempt.claim)
+    with attempt.database.reading() as session:
+        job = session.get_one(Job, attempt.claim.job_id)
+        verb, order = (_train_order if job.kind == "train" else _merge_order)(session, attempt, job, folder)
+    attempt.host.order(verb, **order)
+    listener = _Listener(attempt, reporter)
+    while not listener.ended:
+        news = attempt.host.next_news(_LOOK_SECONDS)
+        if news is not None:
+            listener.hear(news)
+        listener.look_around()
+
+
+class _Listener:
+    """What the worker does about the host's news, and about what happens around it meanwhile."""
+
+    def __init__(self, attempt: Attempt, reporter: Reporter) -> None:
+        self._attempt, self._reporter = attempt, reporter
+        self._kill_at: float | None = None
+        self._cancelling = False
+        self._seconds_per_step: float | None = None
+        self._total_steps = 0
+        self.ended = False
+
+    def hear(self, news: News) -> None:
+        """One message. Raises Fenced, Interrupted, and what storage and database raise."""
+        match news.event:
+            case "phase":
+                self._reporter.tell(phase=news.data["phase"])
+            case "planned":
+                self._total_steps = news.data["total_steps"]
+                self._reporter.tell(phase="training", total_steps=self._total_steps)
+            case "step":
+                self._step(news.data)
+            case "checkpoint":
+                self._checkpoint(news.data["step"], Path(news.data["folder"]))
+            case "finished":
+                self._publish(Path(news.data["folder"]), news.data["rank"], news.data["metrics"])
+            case "stopped":
+                self._stopped()
+            case "failed":
+                self._failed(news.data)
+            case "interrupted":
+                raise Interrupted(news.data["code"], news.data["message"])
+            case _:
+                log.info("host: %s", news.event)
+
+    def look_around(self) -> None:
+        """Pass on a cancel or a drain; kill a host that does not follow in time."""
+        attempt, reporter = self._attempt, self._reporter
+        if self.ended:
+            return
+        if reporter.fenced:
+            raise Fenced(attempt.claim.job_id)
+        if reporter.cancel_requested and not self._cancelling:
+            self._cancelling = True
+            attempt.host.stop("abandon")
+            self._kill_at = time.monotonic() + attempt.settings.cancel_grace_seconds
+        elif (attempt.drain or reporter.cut_off) and self._kill_at is None:
+            attempt.host.stop("checkpoint")
+            self._kill_at = time.monotonic() + attempt.settings.drain_grace_seconds
+        elif self._kill_at is not None and time.monotonic() > self._kill_at:
+            _kill(attempt)
+            self._stopped()
+
+    def _step(self, step: dict[str, Any]) -> None:
+        point = {name: value for name, value in step.items() if value is not None and name != "checkpoint_due"}
+        seconds = float(step["seconds"])
+        known = self._seconds_per_step
+        self._seconds_per_step = seconds if known is None else 0.9 * known + 0.1 * seconds
+        left = max(0, self._total_steps - step["step"]) * self._seconds_per_step
+        self._reporter.tell(step=step["step"], eta_seconds=round(left, 1))
+        self._reporter.point(point)
+
+    def _checkpoint(self, step: int, folder: Path) -> None:
+        attempt = self._attempt
+        try:
+            prefix, manifest = workspace.put_checkpoint(attempt.storage, attempt.claim, step, folder)
+        except FileNotFoundError:
+            log.info("%s: the checkpoint at step %d was superseded before it was stored", attempt.claim.job_id, step)
+            return
+        self._reporter.flush()
+        with attempt.database.unit_of_work() as session:
+            leases.add_checkpoint(session, attempt.claim, step, prefix, manifest)
+
+    def _publish(self, folder: Path, rank: int, metrics: dict[str, Any]) -> None:
+        attempt = self._attempt
+        self._reporter.tell(phase="publishing")
+        prefix = f"adapters/{attempt.claim.job_id}/e{attempt.claim.epoch}"
+        files = objects.put_folder(attempt.storage, prefix, folder)
+        self._reporter.flush()
+        with attempt.database.unit_of_work() as session:
+            leases.succeed(
+                session,
+                attempt.claim,
+                adapter_id=leases.new_adapter_id(),
+                prefix=prefix,
+                files=files,
+                digest=workspace.folder_digest(files),
+                rank=rank,
+                metrics=metrics,
+            )
+        self.ended = True
+
+    def _stopped(self) -> None:
+        with self._attempt.database.unit_of_work() as session:
+            if self._cancelling:
+                leases.cancelled(session, self._attempt.claim)
+            else:
+                leases.release(session, self._attempt.claim)
+        self.ended = True
+
+    def _failed(self, reason: dict[str, Any]) -> None:
+        self._reporter.flush()
+        with self._attempt.database.unit_of_work() as session:
+            leases.fail(session, self._attempt.claim, reason["code"], reason["category"], reason["message"])
+        self.ended = True
+
+
+def _train_order(session: Session, attempt: Attempt, job: Job, folder: Path) -> tuple[str, dict[str, Any]]:
+    base = session.get_one(BaseModel, job.base_model_id)
+    spec = {
+        "base_model": base.folder,
+        "base_model_name": base.source,
+        "dataset": str(_fetch_dataset(session, attempt, job.dataset_id, folder)),
+        "validation_dataset": None,
+        "output": str(folder / "output"),
+        **job.spec,
+    }
+    if job.validation_dataset_id is not None:
+        spec["validation_dataset"] = str(_fetch_dataset(session, attempt, job.validation_dataset_id, folder))
+    pinned = {"id": base.id, "folder": base.folder, "digest": base.digest}
+    return "train", {"spec": spec, "base": pinned, "resume": _fetch_newest_checkpoint(session, attempt, folder)}
+
+
+def _merge_order(session: Session, attempt: Attempt, job: Job, folder: Path) -> tuple[str, dict[str, Any]]:
+    sources = []
+    for parent in session.query(AdapterParent).filter_by(job_id=job.id).order_by(AdapterParent.position):
+        source = session.get_one(Adapter, parent.parent_id)
+        path = folder / "sources" / source.id
+        workspace.fetch_adapter(attempt.storage, source.prefix, source.files, path)
+        sources.append({"path": str(path), "weight": parent.weight})
+    spec = {"adapters": sources, "output": str(folder / "adapter"), "method": job.spec["method"]}
+    return "merge", {"spec": spec}
+
+
+def _fetch_dataset(session: Session, attempt: Attempt, dataset_id: str | None, folder: Path) -> Path:
+    dataset = session.get_one(Dataset, dataset_id)
+    path = folder / f"{dataset.id}.jsonl"
+    objects.fetch(attempt.storage, datasets.object_key(dataset.id), path, dataset.sha256)
+    return path
+
+
+def _fetch_newest_checkpoint(session: Session, attempt: Attempt, folder: Path) -> str | None:
+    """The newest checkpoint whose bytes verify; None to start over."""
+    path = folder / "resume"
+    for checkpoint in leases.checkpoints(session, attempt.claim.job_id):
+        try:
+            workspace.fetch_checkpoint(attempt.storage, checkpoint, path)
+        except (ObjectMissing, ObjectDamaged) as error:
+            log.warning("%s: checkpoint %d is unusable: %r", attempt.claim.job_id, checkpoint.step, error)
+            continue
+        return str(path)
+    return None
+
+
+def _kill(attempt: Attempt) -> None:
+    if attempt.host.alive:
+        attempt.host.kill()
+
+
+def _why_died(code: int) -> str:
+    if code == -9:
+        return "the training process was killed, most likely because the machine ran out of memory"
+    return f"the training process ended unexpectedly ({f'signal {-code}' if code < 0 else f'exit status {code}'})"

@@ -1,0 +1,99 @@
+"""A scratch folder per attempt, and the files that go in and out of it."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from service import storage as objects
+from service.leases import Claim
+from service.models import Checkpoint
+from service.storage import ObjectDamaged, ObjectMissing, Storage
+
+MANIFEST = "MANIFEST.json"
+_LOCK = ".lock"
+
+
+@contextmanager
+def workspace(root: Path, claim: Claim) -> Iterator[Path]:
+    """A new folder for this attempt, removed at the end. A lock tells other workers that somebody is in it."""
+    folder = root / f"{claim.job_id}-e{claim.epoch}"
+    folder.mkdir(parents=True)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_abandoned(root: Path) -> list[str]:
+    """Folders of attempts whose worker died. Returns their names."""
+    removed = []
+    for folder in sorted(root.glob("job-*-e*")):
+        try:
+            descriptor = os.open(folder / _LOCK, os.O_RDWR)
+        except FileNotFoundError:
+            continue  # just being made, or just being removed
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder.name)
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+def fetch_adapter(storage: Storage, prefix: str, files: list[dict[str, Any]], folder: Path) -> None:
+    """Raises ObjectMissing, ObjectDamaged."""
+    for file in files:
+        objects.fetch(storage, f"{prefix}/{file['name']}", folder / file["name"], file["sha256"])
+
+
+def put_checkpoint(storage: Storage, claim: Claim, step: int, folder: Path) -> tuple[str, str]:
+    """Upload a checkpoint, its manifest last. Returns the prefix and the manifest's SHA-256."""
+    prefix = f"jobs/{claim.job_id}/e{claim.epoch}/s{step}"
+    files = objects.put_folder(storage, prefix, folder, last=MANIFEST)
+    (manifest,) = [file["sha256"] for file in files if file["name"] == MANIFEST]
+    return prefix, str(manifest)
+
+
+def fetch_checkpoint(storage: Storage, checkpoint: Checkpoint, folder: Path) -> None:
+    """Bring back a checkpoint, every byte of it compared with its manifest, and that with the row.
+
+    Raises:
+        ObjectMissing, ObjectDamaged: an older one must do.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    objects.fetch(storage, f"{checkpoint.prefix}/{MANIFEST}", folder / MANIFEST, checkpoint.manifest_sha256)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    for file in manifest["files"]:
+        objects.fetch(storage, f"{checkpoint.prefix}/{file['name']}", folder / file["name"], file["sha256"])
+
+
+def folder_digest(files: list[dict[str, Any]]) -> str:
+    """SHA-256 over the names and digests of a folder's files."""
+    lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in sorted(files, key=lambda file: str(file["name"])))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+__all__ = [
+    "MANIFEST",
+    "ObjectDamaged",
+    "ObjectMissing",
+    "fetch_adapter",
+    "fetch_checkpoint",
+    "folder_digest",
+    "put_checkpoint",
+    "remove_abandoned",
+    "workspace",
+]
