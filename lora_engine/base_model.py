@@ -247,21 +247,20 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 def _quantize(model: Any, path: str, module: nn.Module, weight: Tensor, dtype: torch.dtype) -> None:
     oriented = weight.t().contiguous() if isinstance(module, Conv1D) else weight
     bias = module._parameters.get("bias")
-    layer = NF4Linear(oriented, bias, dtype)
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
+    model.set_submodule(path, NF4Linear(oriented, bias, dtype))
 
 
 def _rebuild_buffers(model: Any, device: torch.device) -> None:
     """Compute what is in no file: rotary frequencies, masks. transformers' own initialisation knows how."""
+    for module in model.modules():
+        module._is_hf_initialized = True
     for name, buffer in list(model.named_non_persistent_buffers()):
         if buffer.is_meta:
             path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device=device)
+            owner = model.get_submodule(path)
+            owner._buffers[leaf] = torch.empty_like(buffer, device=device)
+            owner._is_hf_initialized = False
     model.initialize_weights()
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    if left:
-        raise BaseModelError(f"tensors missing: {_some(left)}")
 
 
 def _some(names: Any) -> str:

@@ -1,6 +1,6 @@
 """Checkpoints: the resumable state of a training job, verified byte for byte before it is used.
 
-    step-000042/
+    step-00000042/
         state.safetensors   adapter and optimizer
         state.json          step, running metrics, and the fingerprint of the spec and data it belongs to
         MANIFEST.json       size and SHA-256 of both
@@ -31,7 +31,7 @@ _TENSORS, _STATE, _MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
 
 def save(parent: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """Write `parent`/step-…, then remove all but the newest `KEPT`; the new folder."""
-    folder = parent / f"step-{step:06d}"
+    folder = parent / f"step-{step:08d}"
     with published(folder) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
         _write_json(temporary / _STATE, state)

@@ -87,7 +87,7 @@ def _layer(base: BaseModel, adapter: Adapter, name: str, index: int) -> LoraLine
     weights = adapter.weights[name]
     A, B = (factor.to(base.device, base.compute_dtype) for factor in (weights.A, weights.B))
     layer = LoraLinear(base.model.get_submodule(name), Routing(), index)
-    layer.slots[0] = Slot(A, B, adapters.scaling(adapter, name), dropout=0.0, compute_A=A, compute_B=B)
+    layer.slots[0] = Slot(A, B, adapters.scaling(adapter, name), dropout=0.0, a=A, b=B)
     return layer
 
 

@@ -10,7 +10,7 @@ adapters can share one pass over the base; one slot for all rows is the ordinary
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ class LoraLinear(nn.Module):
         slots = [self.slots[segment.slot] for segment in segments]
         factors = [factor for slot in slots for factor in (slot.A, slot.B)]
         rows = x.reshape(-1, x.shape[-1])
-        result: Tensor = _AdaptedProduct.apply(rows, self, segments, keys, *factors)
+        result: Tensor = _AdaptedProduct.apply(rows, self, segments, keys, *factors)  # type: ignore[no-untyped-call]
         return result.view(*x.shape[:-1], -1)
 
 
@@ -135,7 +135,7 @@ def _dropped(x: Tensor, rows: slice, layer: LoraLinear, slot: Slot, keys: Tensor
 
 def _input_gradient(base: nn.Module, gradient: Tensor) -> Tensor:
     if isinstance(base, NF4Linear):
-        return gradient @ base.weight()
+        return gradient @ base.dequantized()
     weight: Tensor = base.weight  # type: ignore[assignment]
     return gradient @ (weight if isinstance(base, nn.Linear) else weight.t())
 
@@ -173,7 +173,7 @@ class Adapted:
     def detach(self) -> None:
         """Put the plain layers back; the base model is as it was before `attach`."""
         for name, layer in self.layers.items():
-            _replace(self.base.model, name, layer.base)
+            self.base.model.set_submodule(name, layer.base)
 
 
 def attach(base: BaseModel, config: LoraConfig, seed: int) -> Adapted:
@@ -202,7 +202,7 @@ def attach(base: BaseModel, config: LoraConfig, seed: int) -> Adapted:
         layer.slots[0] = Slot(A, B, config.scaling, config.dropout, a, b)
         offset += A.numel() + B.numel()
         layers[module.name] = layer
-        _replace(base.model, module.name, layer)
+        base.model.set_submodule(module.name, layer)
     adapted = Adapted(base, config, layers, parameters, gradients, routing, head_routing, compute)
     adapted.refresh()
     return adapted
@@ -229,9 +229,9 @@ def targets(modules: Sequence[Module], config: LoraConfig) -> tuple[Module, ...]
     return tuple(module for module in modules if module.name in chosen)
 
 
-def last_names(modules: Sequence[Module], chosen: Iterable[str]) -> tuple[str, ...]:
+def last_names(modules: Sequence[Module], chosen: Sequence[Module]) -> tuple[str, ...]:
     """Last names ("q_proj") that stand for exactly the modules `chosen`; their full names where there are none such."""
-    full = set(chosen)
+    full = {module.name for module in chosen}
     names = {name.rpartition(".")[2] for name in full}
     matched = {module.name for module in modules if module.name.rpartition(".")[2] in names}
     return tuple(sorted(names if matched == full else full))
@@ -265,11 +265,6 @@ def _refuse_tied_head(model: Any, chosen: Sequence[Module]) -> None:
             "an adapter on it could not be merged without changing the embeddings too",
             field="lora.target_modules",
         )
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _copy(tensor: Tensor) -> Tensor:

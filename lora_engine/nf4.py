@@ -34,7 +34,7 @@ class NF4Linear(nn.Module):
         self.bias = bias
         self._dequantized: Tensor | None = None
 
-    def weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The dequantised weight (out × in) in the compute dtype."""
         from bitsandbytes.functional import dequantize_4bit
 
@@ -44,12 +44,12 @@ class NF4Linear(nn.Module):
         return result
 
     def keep_dequantized(self, keep: bool) -> None:
-        self._dequantized = self.weight() if keep else None
+        self._dequantized = self.dequantized() if keep else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self._dequantized is not None:
             return functional.linear(x, self._dequantized, self.bias)
-        result: Tensor = _FrozenProduct.apply(x, self)
+        result: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return result
 
     def extra_repr(self) -> str:
@@ -62,11 +62,11 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x, layer.weight(), layer.bias)
+        return functional.linear(x, layer.dequantized(), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient @ ctx.layer.weight(), None
+        return gradient @ ctx.layer.dequantized(), None
 
 
 def layers(model: nn.Module) -> Iterator[NF4Linear]:

@@ -28,10 +28,6 @@ class Optimizer:
         """References, not copies: step (scalar), exp_avg and exp_avg_sq (parameters)."""
         return dict(self._state)
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self._state.items():
-            tensor.copy_(state[name])
-
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     """Rate of step `step`, counted from 0: linear warm-up to the peak, then the schedule, 0 after the last step."""

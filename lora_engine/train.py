@@ -84,7 +84,9 @@ class Training:
         self.spec = spec
         self._base = base
         modules = linear_modules(base.model)
-        trainable = lora.trainable_parameters(lora.targets(modules, spec.lora), spec.lora.rank)
+        chosen = lora.targets(modules, spec.lora)
+        self._target_modules = lora.last_names(modules, chosen)
+        trainable = lora.trainable_parameters(chosen, spec.lora.rank)
         sequence_length = min(config.sequence_length, context_length(base.model) or config.sequence_length)
         dataset = data.read(Path(spec.dataset), base.tokenizer, sequence_length)
         self._dataset_digest = dataset.digest
@@ -109,6 +111,11 @@ class Training:
     def validation_loss_before(self) -> float | None:
         """Of the plain base model; known once the first step was asked for."""
         return self._progress.validation_loss_before
+
+    @property
+    def step(self) -> int:
+        """Steps made so far, those before a resume included."""
+        return self._progress.step
 
     def steps(self) -> Iterator[Step]:
         """Make the remaining steps, one each time the next is asked for.
@@ -228,7 +235,7 @@ class Training:
             use_rslora=spec.lora.use_rslora,
             base_model_name=spec.base_model_name or spec.base_model,
             base_digest=self._base.digest,
-            target_modules=lora.last_names(linear_modules(self._base.model), list(self._adapted.layers)),
+            target_modules=self._target_modules,
         )
         adapter.write(result, Path(spec.output) / "adapter", lineage=self._lineage())
         return {

@@ -12,7 +12,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from sqlalchemy import delete as delete_rows
@@ -67,7 +66,7 @@ class Upload:
         self._file = self._path.open("xb")
         return self
 
-    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         self._path.unlink(missing_ok=True)
 
@@ -117,13 +116,13 @@ class Upload:
 
 
 def _check_signature(head: bytes) -> None:
-    if head.startswith(_BYTE_ORDER_MARKS) or b"\x00" in head[:4]:
-        raise Invalid("line 1: the file is UTF-16, or starts with a byte order mark; save it as plain UTF-8", param="file")
-    for signature, what in _SIGNATURES.items():
-        if head.lstrip().startswith(signature) or head.startswith(signature):
-            raise UnsupportedMedia(f"the file is {what}; upload plain JSONL, one JSON object per line", param="file")
+    what = next((what for signature, what in _SIGNATURES.items() if head.lstrip().startswith(signature)), None)
     if head[257:262] == b"ustar":
-        raise UnsupportedMedia("the file is a tar archive; upload plain JSONL, one JSON object per line", param="file")
+        what = "a tar archive"
+    if what is not None:
+        raise UnsupportedMedia(f"the file is {what}; upload plain JSONL, one JSON object per line", param="file")
+    if head.startswith(_BYTE_ORDER_MARKS) or b"\x00" in head[:4]:
+        raise Invalid("line 1: UTF-16, or text with a byte order mark; save the file as plain UTF-8", param="file")
 
 
 def check_name(name: str) -> str:

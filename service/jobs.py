@@ -123,18 +123,20 @@ def submit_merge(
     def build() -> Job:
         sources = [adapters.get(session, owner_id, source.adapter, keep=True) for source in request.adapters]
         _one_base_model(sources)
-        job = Job(
-            id=new_id("job"),
+        return Job(
             kind="merge",
             name=request.name or f"merge of {len(sources)}",
             spec={"method": request.method, "adapters": [to_mapping(source) for source in request.adapters]},
             base_model_id=sources[0].base_model_id,
         )
-        for position, source in enumerate(request.adapters):
-            session.add(AdapterParent(job_id=job.id, position=position, parent_id=source.adapter, weight=source.weight))
-        return job
 
-    return _submit(session, owner_id, build, idempotency)
+    job, created = _submit(session, owner_id, build, idempotency)
+    if created:
+        for position, source in enumerate(request.adapters):
+            parent = AdapterParent(job_id=job.id, position=position, parent_id=source.adapter, weight=source.weight)
+            session.add(parent)
+        session.flush()
+    return job, created
 
 
 def get(session: Session, owner_id: str, job_id: str) -> Job:
@@ -205,8 +207,7 @@ def _submit(
     try:
         with session.begin_nested():
             job = build()
-            job.id = job.id or new_id("job")
-            job.owner_id = owner_id
+            job.id, job.owner_id = new_id("job"), owner_id
             session.add(job)
             session.flush()
             if idempotency is not None:

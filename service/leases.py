@@ -114,7 +114,7 @@ def note(session: Session, claim: Claim, message: str, **data: Any) -> None:
 
 def add_checkpoint(session: Session, claim: Claim, step: int, prefix: str, manifest_sha256: str) -> None:
     """Record a checkpoint that is uploaded and verified (T6). The object store cannot fence; this row does."""
-    _change(session, claim, ("running",), lost_without_progress=0)
+    _change(session, claim, ("running", "cancelling"), lost_without_progress=0)
     session.add(
         Checkpoint(job_id=claim.job_id, step=step, epoch=claim.epoch, prefix=prefix, manifest_sha256=manifest_sha256)
     )
@@ -125,6 +125,16 @@ def checkpoints(session: Session, job_id: str) -> list[Checkpoint]:
     """The recorded checkpoints, newest first."""
     rows = select(Checkpoint).where(Checkpoint.job_id == job_id)
     return list(session.scalars(rows.order_by(Checkpoint.step.desc(), Checkpoint.epoch.desc())))
+
+
+def forget_checkpoints(session: Session, claim: Claim, keep: int) -> list[str]:
+    """Forget all but the newest `keep`; returns the prefixes whose objects nothing refers to any more."""
+    _change(session, claim, ACTIVE)
+    old = checkpoints(session, claim.job_id)[keep:]
+    for checkpoint in old:
+        session.delete(checkpoint)
+    session.flush()
+    return [checkpoint.prefix for checkpoint in old]
 
 
 def succeed(

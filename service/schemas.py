@@ -3,12 +3,11 @@
 Every key is always present, null where there is nothing to say; times are unix seconds.
 """
 
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel as Model
 from pydantic import ConfigDict
-
-T = TypeVar("T")
 
 _DATASET = {
     "id": "dataset-019a1c3e5f7a7c2e8d41a6f0c35b9e12",
@@ -260,14 +259,35 @@ class BaseModel(Model):
     created_at: float
 
 
-class Page(Model, Generic[T]):
+class Page(Model):
     """A page, newest first. The next one: `after` = this one's `last_id`, for as long as `has_more`."""
 
     object: Literal["list"] = "list"
-    data: list[T]
+    data: list[Any]
     has_more: bool
     first_id: str | None
     last_id: str | None
+
+    @classmethod
+    def of(cls, data: Sequence[Any], has_more: bool) -> Self:
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls(data=list(data), has_more=has_more, first_id=first, last_id=last)
+
+
+class Datasets(Page):
+    data: list[Dataset]
+
+
+class Jobs(Page):
+    data: list[Job]
+
+
+class Adapters(Page):
+    data: list[Adapter]
+
+
+class BaseModels(Page):
+    data: list[BaseModel]
 
 
 class Events(Model):

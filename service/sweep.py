@@ -39,8 +39,10 @@ class Sweep:
 
     def stop(self) -> None:
         self._stopping.set()
-        queue.outbox_filled.set()
-        self._thread.join(timeout=10)
+        deadline = time.monotonic() + 10
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            queue.outbox_filled.set()  # again and again: another sweep of this process may have cleared it
+            self._thread.join(timeout=0.05)
 
     def once(self) -> None:
         """Everything there is to do now. Faults of one part are logged and leave the others to run."""
@@ -73,6 +75,8 @@ class Sweep:
             log.warning("sweep: %s: the broker does not answer: %s", name, error)
         except (ServiceError, OSError) as error:
             log.warning("sweep: %s: %s", name, error)
+        except Exception:  # a thread that ended would end every promise it keeps
+            log.exception("sweep: %s", name)
         return True
 
     def _reap(self) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before anything imports torch, here or in a child: the runs of xdist share the cores already.
@@ -13,8 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from sqlalchemy import create_engine, text
 
+import migrations
 from service.db import Database
-from service.models import Table
 from service.settings import Settings
 from service.storage import Storage, open_storage
 from tests import servers
@@ -39,13 +40,6 @@ def pytest_configure_node(node: object) -> None:
 _folder = pytest.StashKey[str]()
 
 
-def migrate(url: str) -> None:
-    """Create the tables."""
-    engine = create_engine(url)
-    Table.metadata.create_all(engine)
-    engine.dispose()
-
-
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("LUTHIER_", "AWS_"))]:
@@ -58,7 +52,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("template") / "luthier.db"
-    migrate(f"sqlite:///{path}")
+    migrations.upgrade(f"sqlite:///{path}")
     return path
 
 
@@ -81,16 +75,22 @@ def postgres_template(postgres_server: str) -> str:
     """One template for each of xdist's workers: making it takes less time than agreeing on one."""
     name = f"template_{uuid.uuid4().hex}"
     _postgres(postgres_server, f"CREATE DATABASE {name}")
-    migrate(postgres_server.format(name=name))
+    migrations.upgrade(postgres_server.format(name=name))
     return name
+
+
+@contextmanager
+def postgres_database(server: str, template: str) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    _postgres(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield server.format(name=name)
+    _postgres(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
 def postgres_url(postgres_server: str, postgres_template: str) -> Iterator[str]:
-    name = f"test_{uuid.uuid4().hex}"
-    _postgres(postgres_server, f"CREATE DATABASE {name} TEMPLATE {postgres_template}")
-    yield postgres_server.format(name=name)
-    _postgres(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+    with postgres_database(postgres_server, postgres_template) as url:
+        yield url
 
 
 def _postgres(server: str, statement: str) -> None:

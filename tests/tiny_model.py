@@ -46,6 +46,12 @@ def make_tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
     return _save(GPT2LMHeadModel, config, tokenizer, folder, seed)
 
 
+def make_llama_config(folder: Path, **sizes: int) -> Path:
+    """The config of a Llama of any size, without weights; the folder."""
+    LlamaConfig(architectures=["LlamaForCausalLM"], **sizes).save_pretrained(folder)
+    return folder
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of some 300 tokens which puts BOS before a document when asked for special tokens."""
     tokenizer = Tokenizer(models.BPE())

@@ -35,7 +35,7 @@ def main() -> None:
     try:
         # Threads: the task only supervises a child process. Gossip and mingle would talk to other workers for nothing.
         options = ["--pool=threads", "--concurrency=1", "--without-gossip", "--without-mingle", "--loglevel=INFO"]
-        celery.worker_main(["worker", *options])
+        celery.worker_main(["--quiet", "worker", *options])
     finally:
         supervisor.stop()
         sweep.stop()

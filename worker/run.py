@@ -23,6 +23,7 @@ from worker.child import Host, HostDied
 from worker.progress import Reporter
 
 log = logging.getLogger(__name__)
+_KEPT_CHECKPOINTS = 2  # the older one is for the day on which the newer one's bytes do not verify
 _LOOK_SECONDS = 0.2  # how soon a cancel, a drain or a fence is noticed between two messages of the host
 
 
@@ -144,7 +145,7 @@ class _Listener:
                 self._reporter.tell(phase=news.data["phase"])
             case "planned":
                 self._total_steps = news.data["total_steps"]
-                self._reporter.tell(phase="training", total_steps=self._total_steps)
+                self._reporter.tell(phase="training", step=news.data["step"], total_steps=self._total_steps)
             case "step":
                 self._step(news.data)
             case "checkpoint":
@@ -197,6 +198,9 @@ class _Listener:
         self._reporter.flush()
         with attempt.database.unit_of_work() as session:
             leases.add_checkpoint(session, attempt.claim, step, prefix, manifest)
+            superseded = leases.forget_checkpoints(session, attempt.claim, _KEPT_CHECKPOINTS)
+        for prefix in superseded:
+            attempt.storage.delete_prefix(prefix)
 
     def _publish(self, folder: Path, rank: int, metrics: dict[str, Any]) -> None:
         attempt = self._attempt

@@ -43,6 +43,7 @@ class WarmBase:
                 quantization=training.quantization,
                 compute_dtype=training.compute_dtype,
                 device=self.device,
+                digest=base["digest"],
             )
             self._key = key
         return self._base
@@ -56,7 +57,7 @@ def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
     with Training(spec, base) as training:
         if order["resume"] is not None:
             training.resume(Path(order["resume"]))
-        channel.send("planned", **asdict(training.plan))
+        channel.send("planned", step=training.step, total_steps=training.plan.steps)
         for step in training.steps():
             channel.send("step", **asdict(step))
             wanted = channel.stop

@@ -76,8 +76,8 @@ def fetch_checkpoint(storage: Storage, checkpoint: Checkpoint, folder: Path) -> 
     shutil.rmtree(folder, ignore_errors=True)
     objects.fetch(storage, f"{checkpoint.prefix}/{MANIFEST}", folder / MANIFEST, checkpoint.manifest_sha256)
     manifest = json.loads((folder / MANIFEST).read_bytes())
-    for file in manifest["files"]:
-        objects.fetch(storage, f"{checkpoint.prefix}/{file['name']}", folder / file["name"], file["sha256"])
+    for name, file in manifest["files"].items():
+        objects.fetch(storage, f"{checkpoint.prefix}/{name}", folder / name, file["sha256"])
 
 
 def folder_digest(files: list[dict[str, Any]]) -> str:

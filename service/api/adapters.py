@@ -9,7 +9,6 @@ from service import adapters, base_models, jobs, schemas
 from service.api.download import StoredFile, send_archive, send_file
 from service.api.errors import documented
 from service.api.jobs import submitted
-from service.api.paging import page
 from service.api.request import (
     After,
     Caller,
@@ -47,10 +46,10 @@ def merge_adapters(
 
 
 @router.get("", summary="List adapters", responses=documented(422))
-def list_adapters(caller: Caller, parts: Inside, after: After = None, limit: Limit = 20) -> schemas.Page[schemas.Adapter]:
+def list_adapters(caller: Caller, parts: Inside, after: After = None, limit: Limit = 20) -> schemas.Adapters:
     with parts.database.reading() as session:
         rows, more = adapters.page(session, caller.user_id, after, limit)
-        return page(schemas.Adapter, _adapters(session, rows), more)
+        return schemas.Adapters.of(_adapters(session, rows), more)
 
 
 @router.get("/{adapter_id}", summary="Get an adapter", responses=documented(404))

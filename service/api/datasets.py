@@ -9,7 +9,6 @@ from service import datasets, schemas
 from service.api.download import StoredFile, send_file
 from service.api.errors import documented
 from service.api.form import Form
-from service.api.paging import page
 from service.api.request import After, Caller, Inside, Limit, Parts, chunks, media_type
 from service.errors import Conflict, ServiceError, UnsupportedMedia
 from service.models import Dataset
@@ -89,10 +88,10 @@ async def _receive(request: Request, parts: Parts, upload: datasets.Upload, name
 
 
 @router.get("", summary="List datasets", responses=documented(422))
-def list_datasets(caller: Caller, parts: Inside, after: After = None, limit: Limit = 20) -> schemas.Page[schemas.Dataset]:
+def list_datasets(caller: Caller, parts: Inside, after: After = None, limit: Limit = 20) -> schemas.Datasets:
     with parts.database.reading() as session:
         rows, more = datasets.page(session, caller.user_id, after, limit)
-        return page(schemas.Dataset, [_dataset(row) for row in rows], more)
+        return schemas.Datasets.of([_dataset(row) for row in rows], more)
 
 
 @router.get("/{dataset_id}", summary="Get a dataset", responses=documented(404))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
+from service.api.errors import answer
 from service.errors import ServiceError
 from service.storage import ObjectDamaged, Storage
 
@@ -38,9 +39,8 @@ def send_file(request: Request, storage: Storage, file: StoredFile, media_type: 
         return Response(status_code=304, headers=headers)
     span = _range(request, etag, file.size)
     if span is not None and not span:
-        return Response(
-            RangeNotSatisfiable.code, 416, headers | {"Content-Range": f"bytes */{file.size}"}, media_type="text/plain"
-        )
+        fault = RangeNotSatisfiable(f"the file has {file.size} bytes; none of them are in the range")
+        return answer(fault, **{"Content-Range": f"bytes */{file.size}"})
     if request.method == "HEAD":
         return Response(headers=headers | {"Content-Length": str(file.size)}, media_type=media_type)
     if span is None:

@@ -7,7 +7,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -32,8 +33,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": schemas.ErrorBody, "description": reasons[status]} for status in statuses}
 
 
-def answer(error: ServiceError) -> JSONResponse:
-    headers = {}
+def answer(error: ServiceError, **headers: str) -> JSONResponse:
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
@@ -50,7 +50,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, _client_gone)
     app.add_exception_handler(OSError, _os_error)
     app.add_exception_handler(ObjectMissing, _object_missing)
-    for kind in (OperationalError, InterfaceError, TimeoutError):
+    for kind in (OperationalError, InterfaceError, PoolTimeout):
         app.add_exception_handler(kind, _database_error)
 
 
@@ -61,26 +61,22 @@ def _shape(
     return JSONResponse({"error": error}, status, headers)
 
 
-def _service_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ServiceError)
+def _service_error(_: Request, error: Any) -> Response:
     return answer(error)
 
 
-def _engine_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, EngineError)
+def _engine_error(_: Request, error: Any) -> Response:
     return answer(Invalid(error.message, param=error.facts.get("field"), code=error.code))
 
 
-def _validation_error(_: Request, error: Exception) -> Response:
+def _validation_error(_: Request, error: Any) -> Response:
     """Of path, query and headers; bodies are checked by the specs themselves."""
-    assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = str(first["loc"][-1])
     return answer(Invalid(f"{param}: {first['msg']}", param=param))
 
 
-def _http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _http_error(_: Request, error: Any) -> Response:
     code = _HTTP_CODES.get(error.status_code, "refused")
     return _shape(error.status_code, error.detail, code, "user", headers=dict(error.headers or {}))
 
@@ -94,8 +90,7 @@ def _database_error(_: Request, error: Exception) -> Response:
     return answer(Unavailable("the database does not answer; try again", code="database_unavailable"))
 
 
-def _os_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, OSError)
+def _os_error(_: Request, error: Any) -> Response:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise error
     log.error("no space: %s", error)

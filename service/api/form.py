@@ -7,6 +7,7 @@ from service.datasets import Upload
 from service.errors import Invalid, Malformed
 
 _MAX_FIELD_BYTES = 1024
+_MAX_HEADER_BYTES = 16 << 10  # a filename of 10 KB is odd, but no reason to lose the file
 
 
 class Form:
@@ -35,6 +36,7 @@ class Form:
                 "on_part_data": self._on_part_data,
                 "on_end": self._on_end,
             },
+            max_header_size=_MAX_HEADER_BYTES,
         )
 
     @property

@@ -5,13 +5,13 @@ import io
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from service import adapters, events, jobs, schemas
 from service.api.errors import documented
-from service.api.event_stream import event, open_stream
-from service.api.paging import page
+from service.api.event_stream import event, open_stream, resume_after
 from service.api.request import (
     After,
     Caller,
@@ -19,11 +19,12 @@ from service.api.request import (
     Inside,
     JsonBody,
     Limit,
+    Parts,
     body_schema,
     idempotency,
     parse,
 )
-from service.models import ACTIVE, TERMINAL, Job
+from service.models import ACTIVE, Job
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -54,31 +55,32 @@ def list_jobs(
     limit: Limit = 20,
     kind: Literal["train", "merge"] | None = None,
     status: Status | None = None,
-) -> schemas.Page[schemas.Job]:
+) -> schemas.Jobs:
     states = None if status is None else ACTIVE if status == "running" else (status,)
     with parts.database.reading() as session:
         rows, more = jobs.page(session, caller.user_id, after, limit, kind=kind, states=states)
-        return page(schemas.Job, views(session, rows), more)
+        return schemas.Jobs.of(_jobs(session, rows), more)
 
 
 @router.get("/{job_id}", summary="Get a job", responses=documented(404))
 def get_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
     with parts.database.reading() as session:
-        return views(session, [jobs.get(session, caller.user_id, job_id)])[0]
+        return _jobs(session, [jobs.get(session, caller.user_id, job_id)])[0]
 
 
 @router.post("/{job_id}/cancel", status_code=202, summary="Cancel a job", responses=documented(404, 409))
 def cancel_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
     """A queued job ends at once, a running one between two steps; neither can succeed any more."""
     with parts.database.unit_of_work() as session:
-        return views(session, [jobs.cancel(session, caller.user_id, job_id)])[0]
+        return _jobs(session, [jobs.cancel(session, caller.user_id, job_id)])[0]
 
 
 @router.get(
     "/{job_id}/events",
     summary="A job's events",
     response_model=schemas.Events,
-    responses=documented(400, 404, 429) | {200: {"content": {"text/event-stream": {}}}, 204: {"description": "No more"}},
+    responses=documented(400, 404, 429)
+    | {200: {"content": {"text/event-stream": {}}}, 204: {"description": "The job has ended and all was seen"}},
 )
 async def get_events(
     request: Request,
@@ -88,6 +90,90 @@ async def get_events(
     after: Annotated[int, Query(ge=0, le=2**53, description="the number of the last event seen")] = 0,
     limit: Limit = 100,
     last_event_id: Annotated[str | None, Header(description="takes the place of `after` in an event stream")] = None,
-) -> Response:
+) -> schemas.Events | Response:
     """A page as JSON; or with `Accept: text/event-stream` all events, those to come too, until the job has ended."""
-    return await open_stream(request, parts, caller.user_id, job_id, after, limit, last_event_id)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        return await open_stream(parts, caller.user_id, job_id, resume_after(last_event_id, after))
+    return await anyio.to_thread.run_sync(_events, parts, caller.user_id, job_id, after, limit)
+
+
+@router.get(
+    "/{job_id}/metrics",
+    summary="A job's metrics",
+    response_model=schemas.Metrics,
+    responses=documented(404, 422) | {200: {"content": {"text/csv": {}}}},
+)
+def get_metrics(
+    caller: Caller,
+    parts: Inside,
+    job_id: str,
+    format: Annotated[Literal["json", "csv"], Query(description="of the answer")] = "json",  # noqa: A002 - the wire's word
+) -> schemas.Metrics | Response:
+    """Losses, learning rate and throughput by step. Steps that were repeated after a loss of the worker count once."""
+    with parts.database.reading() as session:
+        jobs.get(session, caller.user_id, job_id)
+        points = events.metrics(session, job_id)
+    if format == "json":
+        return schemas.Metrics(data=points)
+    headers = {"Content-Disposition": f'attachment; filename="{job_id}.csv"'}
+    return Response(_csv(points), headers=headers, media_type="text/csv; charset=utf-8")
+
+
+def submitted(session: Session, result: tuple[Job, bool], response: Response) -> schemas.Job:
+    """The answer to a submission; a header marks the one that was given before."""
+    job, created = result
+    if not created:
+        response.headers["Idempotent-Replayed"] = "true"
+    session.refresh(job)
+    return _jobs(session, [job])[0]
+
+
+def _jobs(session: Session, rows: Sequence[Job]) -> list[schemas.Job]:
+    results = adapters.of_jobs(session, {row.id for row in rows})
+    return [_job(row, results.get(row.id)) for row in rows]
+
+
+def _job(row: Job, adapter_id: str | None) -> schemas.Job:
+    error = None
+    if row.error_code is not None:
+        error = schemas.JobError(
+            code=row.error_code, category=row.error_category or "platform", message=row.error_message or ""
+        )
+    return schemas.Job(
+        id=row.id,
+        kind=row.kind,  # type: ignore[arg-type]
+        name=row.name,
+        status="running" if row.state in ACTIVE else row.state,  # type: ignore[arg-type]
+        phase=row.phase,
+        base_model=row.base_model_id,
+        dataset=row.dataset_id,
+        validation_dataset=row.validation_dataset_id,
+        spec=row.spec,
+        attempt=row.attempt,
+        step=row.step,
+        total_steps=row.total_steps,
+        eta_seconds=row.eta_seconds,
+        adapter=adapter_id,
+        error=error,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+    )
+
+
+def _events(parts: Parts, owner_id: str, job_id: str, after: int, limit: int) -> schemas.Events:
+    with parts.database.reading() as session:
+        jobs.get(session, owner_id, job_id)
+        rows = events.after(session, job_id, after, limit + 1)
+    data = [event(row) for row in rows[:limit]]
+    first, last = (data[0].seq, data[-1].seq) if data else (None, None)
+    return schemas.Events(data=data, has_more=len(rows) > limit, first_id=first, last_id=last)
+
+
+def _csv(points: Sequence[dict[str, Any]]) -> str:
+    columns = dict.fromkeys(["step", *(name for point in points for name in point)])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(points)
+    return text.getvalue()

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import anyio
@@ -34,6 +35,7 @@ class Parts:
     database: Database
     storage: Storage
     celery: Celery
+    streams: Counter[str] = field(default_factory=Counter)  # open event streams by owner
 
 
 def _parts(request: Request) -> Parts:

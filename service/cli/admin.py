@@ -87,7 +87,7 @@ def add_base_model(
     elif hub is not None:
         source, (folder, commit) = hub, _download(settings, hub, revision)
     assert folder is not None  # noqa: S101 - for the type checker: one of the three was given
-    register_base_model(settings, base_model_id, folder.resolve(), source, commit)
+    register_base_model(base_model_id, folder.resolve(), source, commit)
 
 
 @base_models_app.command("list")
@@ -117,9 +117,7 @@ def convert_demo_model(settings: Settings) -> Path:
     return folder
 
 
-def register_base_model(
-    settings: Settings, base_model_id: str, folder: Path, source: str, revision: str | None = None
-) -> None:
+def register_base_model(base_model_id: str, folder: Path, source: str, revision: str | None = None) -> None:
     """Describe the folder, pin its files' hashes, and enter it into the catalogue."""
     with _session() as session:
         description = base_models.describe(folder)

@@ -33,7 +33,7 @@ _TERMINAL = ("succeeded", "failed", "cancelled")
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="where the demo keeps its service's data and the adapter")] = Path(".demo"),
+    folder: Annotated[Path, typer.Option(help="where the service's data and the adapter go")] = Path(".demo"),
 ) -> None:
     """Start the service, train an adapter on an example dataset, and compare answers before and after."""
     started = time.monotonic()
@@ -44,7 +44,7 @@ def demo(
     with _service(settings, console) as url:
         console.print("Preparing the base model SmolLM2-135M-Instruct …")
         base_folder = convert_demo_model(settings)
-        register_base_model(settings, BASE_MODEL, base_folder, DEMO_SOURCE)
+        register_base_model(BASE_MODEL, base_folder, DEMO_SOURCE)
         with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {_key(settings)}"}, timeout=60) as client:
             job = _train(client, console)
             adapter = _download(client, job["adapter"], folder / "adapter")

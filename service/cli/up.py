@@ -28,6 +28,8 @@ def up(
 ) -> None:
     """Run API, worker and broker until Ctrl-C. The first start prints an API key."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s up %(message)s")
+    for name in ("httpx", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     settings = Settings()
     for folder in (settings.data_dir, settings.run_dir, settings.models_dir, settings.work_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

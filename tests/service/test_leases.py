@@ -233,9 +233,8 @@ def test_events_are_numbered_without_gaps(database: Database) -> None:
     with database.unit_of_work() as session:
         leases.note(session, claim, "one")
         leases.note(session, claim, "two")
-    with pytest.raises(ValueError, match="undone"), database.unit_of_work() as session:
-        leases.note(session, claim, "never")
-        raise ValueError("undone")
+    with Session(database.engine) as undone:
+        leases.note(undone, claim, "never")
     with database.unit_of_work() as session:
         publish(session, claim)
     with database.reading() as session:

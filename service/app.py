@@ -1,0 +1,56 @@
+"""The HTTP application: its parts, its routes, and what is answered to errors."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from service import queue
+from service.api import adapters, base_models, datasets, health, jobs
+from service.api.edge import Edge
+from service.api.errors import documented, install
+from service.api.request import Parts
+from service.db import Database
+from service.settings import Settings
+from service.storage import open_storage
+from service.sweep import Sweep
+
+_DESCRIPTION = """Fine-tunes language models with LoRA and QLoRA, and hands every user their own adapters.
+
+Every request but the health checks carries `Authorization: Bearer luthier_…`. Every error has one shape:
+`{"error": {"message", "type", "param", "code", "category"}}`."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application behind `luthier api`. Nothing is opened before it starts."""
+    known = settings or Settings()
+    app = FastAPI(
+        title="Luthier",
+        version=version("luthier"),
+        description=_DESCRIPTION,
+        lifespan=lambda app: _lifespan(app, known),
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(Edge)
+    install(app)
+    app.include_router(health.router)
+    for module in (datasets, jobs, adapters, base_models):
+        app.include_router(module.router, responses=documented(401, 422, 503))
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
+    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.database_url)
+    parts = Parts(settings, database, open_storage(settings.storage_url), queue.make_celery(settings.broker_url))
+    app.state.parts = parts
+    sweep = Sweep(settings, database, parts.storage, parts.celery)
+    sweep.start()
+    try:
+        yield
+    finally:
+        sweep.stop()
+        database.close()

@@ -1,0 +1,151 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lora_engine import base_model
+from lora_engine.base_model import describe, load
+from lora_engine.errors import BaseModelError
+from tests.tiny_model import make_llama_config, make_tiny_gpt2, make_tiny_model
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_tiny_model(tmp_path / "base")
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "make", [make_tiny_model, lambda folder: make_tiny_model(folder, tied=False), make_tiny_gpt2]
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_model_is_the_one_transformers_loads(make: Callable[[Path], Path], dtype: str, tmp_path: Path) -> None:
+    base = load(make(tmp_path), compute_dtype=dtype)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=base.compute_dtype).eval()
+    assert torch.equal(base.model(input_ids=IDS).logits, reference(input_ids=IDS).logits)
+    ours, theirs = base.model.state_dict(), reference.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+    for (name, buffer), (_, expected) in zip(base.model.named_buffers(), reference.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    tied = reference.get_output_embeddings().weight is reference.get_input_embeddings().weight
+    assert (base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight) == tied
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_a_sharded_model_loads_like_a_single_file(folder: Path, tmp_path: Path) -> None:
+    whole = load(folder)
+    sharded = tmp_path / "sharded"
+    whole.model.save_pretrained(sharded, max_shard_size="40KB")
+    whole.tokenizer.save_pretrained(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert torch.equal(load(sharded).model(input_ids=IDS).logits, whole.model(input_ids=IDS).logits)
+    next(iter(sorted(sharded.glob("*.safetensors")))).unlink()
+    with pytest.raises(BaseModelError, match="cannot be read"):
+        load(sharded)
+
+
+def test_a_checkpoint_of_the_bare_trunk_loads(tmp_path: Path) -> None:
+    folder = make_tiny_gpt2(tmp_path)
+    expected = load(folder).model(input_ids=IDS).logits
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("transformer."): value for name, value in tensors.items()},
+              folder / "model.safetensors")  # fmt: skip
+    assert torch.equal(load(folder).model(input_ids=IDS).logits, expected)
+
+
+def test_nf4_quantises_every_linear_layer_but_the_head(folder: Path) -> None:
+    base = load(folder, quantization="nf4")
+    kinds = {module.name: type(base.model.get_submodule(module.name)).__name__ for module in describe(folder).modules}
+    assert kinds.pop("lm_head") == "Linear"
+    assert set(kinds.values()) == {"NF4Linear"}
+    assert len(kinds) == 14
+    assert base_model.linear_modules(base.model) == describe(folder).modules
+
+
+def test_description_of_a_config(tmp_path: Path) -> None:
+    description = describe(make_llama_config(tmp_path, hidden_size=64, num_hidden_layers=3, vocab_size=100))
+    assert description.architecture == "LlamaForCausalLM"
+    assert description.context_length == 2048
+    assert len(description.modules) == 22
+    assert description.modules[0] == base_model.Module("model.layers.0.self_attn.q_proj", 64, 64, head=False)
+    assert [module for module in description.modules if module.head] == [
+        base_model.Module("lm_head", 64, 100, head=True)
+    ]
+
+
+def test_gpt2s_conv1d_is_a_linear_layer(tmp_path: Path) -> None:
+    modules = {module.name: module for module in describe(make_tiny_gpt2(tmp_path)).modules}
+    assert (modules["transformer.h.0.attn.c_attn"].inputs, modules["transformer.h.0.attn.c_attn"].outputs) == (32, 96)
+
+
+def test_missing_and_unknown_tensors_are_named(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.over_proj.weight"] = tensors.pop(name)
+
+    change_tensors(folder, rename)
+    with pytest.raises(BaseModelError, match=rf"missing: {name}; not in the architecture: .*over_proj"):
+        load(folder)
+
+
+def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+    with pytest.raises(BaseModelError, match=r"model.norm.weight has shape \[31\] instead of \[32\]"):
+        load(folder)
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(folder: Path) -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change_tensors(folder, lambda tensors: tensors.update(extra))
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: change_config(folder, auto_map={"AutoModelForCausalLM": "code.Model"}), "code of its own"),
+        (lambda folder: change_config(folder, quantization_config={"quant_method": "gptq"}), "quantised already"),
+        (lambda folder: change_config(folder, model_type="unheard-of"), "not a causal language model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08" * 40), "model.safetensors cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (
+            lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["a.B"]}}'),
+            "tokenizer needs code of its own",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'),
+            "outside its folder",
+        ),
+    ],
+)
+def test_unusable_files_are_refused(folder: Path, change: Callable[[Path], object], message: str) -> None:
+    change(folder)
+    with pytest.raises(BaseModelError, match=message):
+        load(folder)
+
+
+def test_an_impossible_device_is_refused(folder: Path) -> None:
+    with pytest.raises(BaseModelError, match="warp:3"):
+        load(folder, device="warp:3")

@@ -1,0 +1,82 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_engine import checkpoint
+from lora_engine.errors import CheckpointError
+
+TENSORS = {"parameters": torch.arange(6.0).view(2, 3), "step": torch.tensor(7.0)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return checkpoint.save(tmp_path / "checkpoints", 42, TENSORS, {"step": 42, "loss": 0.1})
+
+
+def test_what_is_saved_is_what_is_loaded(folder: Path) -> None:
+    assert folder.name == "step-00000042"
+    tensors, state = checkpoint.load(folder)
+    assert state == {"step": 42, "loss": 0.1}
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["step-00000042"]
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "MANIFEST.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip(path, -1),
+        lambda path: flip(path, len(path.read_bytes()) // 2),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ],
+    ids=["last bit", "middle bit", "truncated", "empty", "missing"],
+)
+def test_a_damaged_checkpoint_is_refused(folder: Path, name: str, damage: Callable[[Path], object]) -> None:
+    if name == "MANIFEST.json":  # its last byte is white space: that bit would change nothing
+        (folder / name).write_bytes((folder / name).read_bytes().rstrip())
+    damage(folder / name)
+    with pytest.raises(CheckpointError, match="step-00000042"):
+        checkpoint.load(folder)
+
+
+def test_a_manifest_that_leaves_a_file_out_is_refused(folder: Path) -> None:
+    path = folder / "MANIFEST.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["state.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="does not list"):
+        checkpoint.load(folder)
+
+
+def test_only_the_newest_two_are_kept(folder: Path) -> None:
+    for step in (43, 100, 101):
+        checkpoint.save(folder.parent, step, TENSORS, {})
+    assert [path.name for path in checkpoint.existing(folder.parent)] == ["step-00000100", "step-00000101"]
+
+
+def test_a_failed_save_leaves_no_trace(folder: Path) -> None:
+    with pytest.raises(TypeError):
+        checkpoint.save(folder.parent, 43, TENSORS, {"step": object()})
+    assert [path.name for path in folder.parent.iterdir()] == ["step-00000042"]
+
+
+def test_restoring_writes_in_place_and_only_what_fits() -> None:
+    live = {"parameters": torch.zeros(2, 3), "step": torch.zeros(())}
+    inside = live["parameters"]
+    checkpoint.restore(TENSORS, live)
+    assert torch.equal(inside, TENSORS["parameters"])
+    for other in ({"parameters": torch.zeros(3, 2), "step": torch.zeros(())}, {"parameters": torch.zeros(2, 3)}):
+        with pytest.raises(CheckpointError, match="not those of this job"):
+            checkpoint.restore(TENSORS, other)

@@ -1,0 +1,348 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_engine import adapter, base_model, data, plan
+from lora_engine.base_model import BaseModel
+from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec
+from lora_engine.errors import CheckpointError, DataError, Diverged, OutOfMemory, SpecError
+from lora_engine.train import Step, Training
+from tests.tiny_model import make_tiny_gpt2, make_tiny_model
+
+LORA = LoraConfig(rank=4, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> BaseModel:
+    return base_model.load(folder, digest="abc")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty conversations with answers of very different lengths."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [conversation(f"Question {index}?", f"Answer {index}." + " One more." * (index % 7)) for index in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def conversation(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+Spec = Callable[..., TrainSpec]
+
+
+@pytest.fixture
+def spec(folder: Path, dataset: Path, tmp_path: Path) -> Spec:
+    def make(output: str = "out", lora: LoraConfig = LORA, **training: Any) -> TrainSpec:
+        settings = {"global_batch": 4, "learning_rate": 1e-2, "epochs": 2, "checkpoint_every": 2, **training}
+        return TrainSpec(
+            base_model=str(folder),
+            base_model_name="tiny",
+            dataset=str(dataset),
+            output=str(tmp_path / output),
+            lora=lora,
+            training=TrainingConfig(**settings),
+        )
+
+    return make
+
+
+def train(spec: TrainSpec, base: BaseModel) -> tuple[list[Step], dict[str, Any]]:
+    with Training(spec, base) as training:
+        steps = list(training.steps())
+        return steps, training.finish()
+
+
+def adapter_bytes(spec: TrainSpec) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((Path(spec.output) / "adapter").iterdir())}
+
+
+def test_training_lowers_both_losses_and_says_what_it_did(spec: Spec, base: BaseModel) -> None:
+    steps, metrics = train(spec(epochs=4, eval_every=8), base)
+    assert [step.step for step in steps] == list(range(1, 21))
+    assert {step.total_steps for step in steps} == {20}
+    assert steps[-1].epoch == 4.0
+    assert steps[-1].loss < 0.6 * steps[0].loss
+    assert [step.step for step in steps if step.validation_loss is not None] == [8, 16, 20]
+    assert [step.step for step in steps if step.checkpoint_due] == list(range(2, 20, 2))
+    assert metrics["validation_loss_after"] == steps[-1].validation_loss < metrics["validation_loss_before"]
+    assert metrics["steps"] == 20
+    assert metrics["trained_tokens"] == sum(step.trained_tokens for step in steps)
+    assert metrics["tokens"] == sum(step.tokens for step in steps) > metrics["trained_tokens"]
+    total = sum(step.loss * step.trained_tokens for step in steps)
+    assert metrics["train_loss"] == pytest.approx(total / metrics["trained_tokens"])
+
+
+def test_plan(spec: Spec, base: BaseModel) -> None:
+    with Training(spec(sequence_length=30), base) as training:
+        plan = training.plan
+    assert (plan.examples, plan.validation_examples) == (19, 1)
+    assert (plan.steps, plan.steps_per_epoch) == (10, 5)
+    assert plan.longest == 30
+    assert plan.truncated > 0
+    per_layer = (32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3  # q and o, k and v, the MLP
+    assert plan.trainable_parameters == 2 * 4 * per_layer
+    assert not plan.dequantize_once
+
+
+def test_max_steps_rules_over_epochs(spec: Spec, base: BaseModel) -> None:
+    assert len(train(spec(epochs=1, max_steps=3), base)[0]) == 3
+    assert train(spec(epochs=1, max_steps=7), base)[0][-1].epoch == pytest.approx(7 / 5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_first_steps_are_those_of_peft_and_plain_pytorch(spec: Spec, folder: Path, quantization: str) -> None:
+    """Three steps on ragged examples, with decay, clipping and schedule, written out with PEFT and AdamW."""
+    config = LoraConfig(rank=4)
+    job = spec(lora=config, quantization=quantization, max_steps=3, weight_decay=0.1, max_grad_norm=0.3)
+    base = base_model.load(folder, quantization=quantization)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    if quantization == "nf4":
+        for module in base_model.linear_modules(base.model):
+            if not module.head:
+                model.get_submodule(module.name).weight.data.copy_(
+                    base.model.get_submodule(module.name).dequantized()
+                )  # fmt: skip
+    with Training(job, base) as training:
+        assert training.plan.dequantize_once == (quantization == "nf4")
+        names = list(training._adapted.layers)
+        twin = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names)).eval()
+        layers = {name: twin.base_model.model.get_submodule(name) for name in names}
+        for name, weights in training._adapted.weights().items():
+            layers[name].lora_A.default.weight.data.copy_(weights.A)
+        parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.1)
+        for number, step in enumerate(training.steps()):
+            documents = training._documents_of(number)
+            optimizer.zero_grad()
+            targets = sum(document.trained_tokens for document in documents)
+            total = 0.0
+            for document in documents:
+                ids = document.ids.long()
+                labels = torch.where(document.trained, ids, -100)
+                predicted = twin(input_ids=ids[None]).logits[0, :-1]
+                loss = torch.nn.functional.cross_entropy(predicted, labels[1:], reduction="sum") / targets
+                loss.backward()
+                total += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+            optimizer.param_groups[0]["lr"] = step.learning_rate
+            optimizer.step()
+            assert step.loss == pytest.approx(total, rel=1e-5)
+            assert step.grad_norm == pytest.approx(float(norm), rel=1e-4)
+            assert step.trained_tokens == targets
+        for name, weights in training._adapted.weights().items():
+            # AdamW divides by the gradient's own size: where that is next to nothing, rounding shows.
+            torch.testing.assert_close(weights.A, layers[name].lora_A.default.weight.detach(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(weights.B, layers[name].lora_B.default.weight.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batches_do_not_change_the_gradient(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for tokens in (16, 90, 4096):
+        monkeypatch.setitem(plan._PREFERRED_TOKENS, "cpu", tokens)
+        with Training(spec(), base) as training:
+            documents = training._documents_of(0)
+            batches = list(data.micro_batches(documents, training.plan.micro_batch_tokens, base.device))
+            random_B(training)
+            loss = training._accumulate(documents, sum(document.trained_tokens for document in documents))
+            found.append((len(batches), loss, training._adapted.gradients.clone()))
+    assert len({count for count, _, _ in found}) >= 2
+    for _, loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][1], rel=1e-5)
+        assert (gradients - found[0][2]).abs().max() <= 1e-5 * found[0][2].abs().max()
+
+
+def random_B(training: Training) -> None:
+    with torch.no_grad():
+        training._adapted.parameters.add_(0.01)
+    training._adapted.refresh()
+
+
+def test_the_loss_is_per_target_token_of_the_whole_step(spec: Spec, base: BaseModel, tmp_path: Path) -> None:
+    """Answers of 10 and 190 tokens in micro-batches of their own, against one sum in float64."""
+    rows = tmp_path / "ragged.jsonl"
+    text = base.tokenizer.decode([40] * 9), base.tokenizer.decode([40] * 189)
+    rows.write_text("".join(json.dumps({"prompt": "x", "completion": completion}) + "\n" for completion in text))
+    job = TrainSpec(
+        base_model="", dataset=str(rows), output=str(tmp_path),
+        training=TrainingConfig(validation_fraction=0, global_batch=2),
+    )  # fmt: skip
+    with Training(job, base) as training:
+        documents = training._documents_of(0)
+        assert sorted(document.trained_tokens for document in documents) == [10, 190]
+        object.__setattr__(training.plan, "micro_batch_tokens", 8)
+        loss = training._accumulate(documents, 200)
+        total = 0.0
+        for document in documents:
+            logits = base.model(input_ids=document.ids[None].long()).logits[0, :-1].double()
+            chosen = document.trained[1:]
+            logs = logits.log_softmax(-1)[chosen]
+            total -= float(logs.gather(1, document.ids[1:][chosen].long()[:, None]).sum().detach())
+    assert loss == pytest.approx(total / 200, rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 9])
+def test_a_resumed_job_ends_in_the_same_bytes(spec: Spec, base: BaseModel, stop_after: int) -> None:
+    straight, broken = spec("straight", eval_every=3), spec("broken", eval_every=3)
+    steps, metrics = train(straight, base)
+    with Training(broken, base) as training:
+        for step in training.steps():
+            if step.step == stop_after:
+                checkpoint = training.checkpoint()
+                break
+    assert checkpoint == Path(broken.output) / "checkpoints" / f"step-{stop_after:08d}"
+    with Training(broken, base) as training:
+        training.resume(checkpoint)
+        rest = list(training.steps())
+        assert training.finish() == metrics
+    assert [step.step for step in rest] == list(range(stop_after + 1, 11))
+    assert [(step.loss, step.grad_norm) for step in rest] == [(step.loss, step.grad_norm) for step in steps[stop_after:]]
+    assert adapter_bytes(broken) == adapter_bytes(straight)
+
+
+def test_a_checkpoint_of_another_job_is_refused(spec: Spec, base: BaseModel) -> None:
+    with Training(spec(), base) as training:
+        next(training.steps())
+        checkpoint = training.checkpoint()
+    for other in (spec(seed=1), spec(lora=LoraConfig(rank=4)), spec(learning_rate=2e-2)):
+        with Training(other, base) as training, pytest.raises(CheckpointError, match="another spec or dataset"):
+            training.resume(checkpoint)
+    moved = spec("elsewhere")
+    with Training(moved, base) as training:
+        training.resume(checkpoint)
+
+
+def test_the_newest_checkpoints_are_kept(spec: Spec, base: BaseModel) -> None:
+    job = spec()
+    with Training(job, base) as training:
+        for step in training.steps():
+            if step.checkpoint_due:
+                training.checkpoint()
+    assert [path.name for path in sorted((Path(job.output) / "checkpoints").iterdir())] == ["step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_second_job_on_a_warm_base_gives_the_bytes_of_a_fresh_one(
+    spec: Spec, folder: Path, quantization: str
+) -> None:
+    warm = base_model.load(folder, quantization=quantization)
+    train(spec("first", quantization=quantization, seed=3), warm)
+    train(spec("warm", quantization=quantization, max_steps=4), warm)
+    train(spec("fresh", quantization=quantization, max_steps=4), base_model.load(folder, quantization=quantization))
+    assert adapter_bytes(spec("warm")) == adapter_bytes(spec("fresh"))
+    assert adapter_bytes(spec("warm")) != adapter_bytes(spec("first"))
+
+
+def test_adapter_files_name_what_they_were_made_from(spec: Spec, base: BaseModel, dataset: Path) -> None:
+    job = spec(max_steps=1)
+    train(job, base)
+    folder = Path(job.output) / "adapter"
+    lineage = json.loads((folder / "lineage.json").read_text())
+    assert lineage["base_model"] == "tiny"
+    assert lineage["base_digest"] == "abc"
+    assert lineage["seed"] == 0
+    assert lineage["dataset_sha256"] == data.sha256_file(dataset)
+    assert lineage["lora"]["rank"] == 4
+    assert lineage["training"]["max_steps"] == 1
+    written = adapter.read(folder)
+    assert (written.rank, written.alpha, written.base_model_name) == (4, 8, "tiny")
+    assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == [
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"
+    ]  # fmt: skip
+
+
+def test_what_is_not_finite_is_never_applied(spec: Spec, base: BaseModel) -> None:
+    with Training(spec(), base) as training:
+        steps = training.steps()
+        next(steps)
+        layer = next(iter(training._adapted.layers.values()))
+        layer.slots[0].A.data[0, 0] = math.inf
+        before = training._adapted.parameters.clone()
+        with pytest.raises(Diverged) as caught:
+            next(steps)
+        assert caught.value.facts == {"step": 2}
+        assert torch.equal(training._adapted.parameters, before)
+
+
+def test_running_out_of_memory_is_an_engine_error(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with Training(spec(validation_fraction=0), base) as training:
+        monkeypatch.setattr("lora_engine.train.summed_loss", full)
+        with pytest.raises(OutOfMemory):
+            next(training.steps())
+
+
+def test_a_separate_validation_dataset_leaves_all_examples_for_training(
+    spec: Spec, base: BaseModel, dataset: Path, tmp_path: Path
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(conversation("What?", "That.")) + "\n")
+    job = TrainSpec(base_model="", dataset=str(dataset), output=str(tmp_path / "o"), validation_dataset=str(held_out),
+                    training=TrainingConfig(max_steps=1))  # fmt: skip
+    with Training(job, base) as training:
+        assert (training.plan.examples, training.plan.validation_examples) == (20, 1)
+        (step,) = training.steps()
+        assert step.validation_loss is not None
+
+
+def test_without_validation_there_is_no_validation_loss(spec: Spec, base: BaseModel) -> None:
+    steps, metrics = train(spec(validation_fraction=0, max_steps=1, eval_every=1), base)
+    assert steps[0].validation_loss is None
+    assert metrics["validation_loss_before"] is metrics["validation_loss_after"] is None
+
+
+def test_a_spec_that_fails_leaves_the_base_plain(spec: Spec, base: BaseModel, tmp_path: Path) -> None:
+    before = dict(base.model.named_modules())
+    with pytest.raises(SpecError):
+        Training(spec(lora=LoraConfig(target_modules=["nothing"])), base)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(DataError):
+        Training(TrainSpec(base_model="", dataset=str(empty), output=""), base)
+    assert dict(base.model.named_modules()) == before
+
+
+def test_gpt2_trains_and_its_adapter_gives_the_logits_that_peft_computes(spec: Spec, tmp_path: Path) -> None:
+    folder = make_tiny_gpt2(tmp_path / "gpt2")
+    base = base_model.load(folder)
+    job = spec(lora=LoraConfig(rank=4), max_steps=5)
+    ids = torch.arange(3, 43).view(2, 20)
+    with Training(job, base) as training:
+        steps = list(training.steps())
+        training.finish()
+        ours = base.model(input_ids=ids).logits
+    assert steps[-1].loss < steps[0].loss
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    before = plain(input_ids=ids).logits
+    twin = peft.PeftModel.from_pretrained(plain, str(Path(job.output) / "adapter")).eval()
+    torch.testing.assert_close(twin(input_ids=ids).logits, ours, rtol=1e-5, atol=1e-5)
+    assert (before - ours).abs().max() > 1e-2
+
+
+def test_documents_beyond_the_models_positions_are_cut(spec: Spec, base: BaseModel, tmp_path: Path) -> None:
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b c d " * 200}) + "\n")
+    job = TrainSpec(base_model="", dataset=str(rows), output=str(tmp_path), training=TrainingConfig(max_steps=1))
+    with Training(job, base) as training:
+        assert (training.plan.longest, training.plan.truncated) == (256, 1)
+        list(training.steps())

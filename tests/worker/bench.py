@@ -1,0 +1,125 @@
+"""A worker without Celery: a supervisor and its host, and what a test wants from them."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+
+import migrations
+from lora_engine.base_files import file_list
+from lora_engine.config import from_mapping
+from service import base_models, datasets, jobs
+from service.db import Database
+from service.jobs import MergeRequest, TrainingRequest
+from service.models import Adapter, Checkpoint, Job, JobEvent
+from service.settings import Settings
+from service.storage import open_storage
+from tests.service import rows
+from worker.supervisor import Supervisor
+
+QUICK: dict[str, Any] = {"global_batch": 8, "sequence_length": 128, "checkpoint_every": 3, "learning_rate": 0.01}
+DESCRIPTION = {"architecture": "LlamaForCausalLM", "parameters": 1, "context_length": 256, "modules": rows.MODULES}
+
+
+class Bench:
+    """One owner, one base model, one dataset; `run` drives every queued job to an end in this thread."""
+
+    def __init__(self, folder: Path, model: Path, examples: bytes, url: str | None = None) -> None:
+        self.settings = Settings(
+            data_dir=folder / "data", database_url=url or "", threads=1, device="cpu", poll_seconds=3600,
+            heartbeat_seconds=0.2, lease_seconds=30, cancel_grace_seconds=10,
+        )  # fmt: skip
+        self.settings.data_dir.mkdir()
+        migrations.upgrade(self.settings.database_url)
+        self.database = Database(self.settings.database_url)
+        self.storage = open_storage(self.settings.storage_url)
+        self.supervisor = Supervisor(self.settings, self.database, self.storage)
+        self.owner = rows.add_user(self.database)
+        self.model, self.examples = model, examples
+        self.add_base_model("tiny", model)
+        self.dataset = self.upload(examples)
+
+    def close(self) -> None:
+        self.supervisor.stop()
+        self.database.close()
+
+    def add_base_model(self, base_model_id: str, folder: Path, **fields: Any) -> None:
+        with self.database.unit_of_work() as session:
+            values = {"source": base_model_id, "revision": None, "files": file_list(folder)}
+            base_models.add(session, base_model_id, folder=folder, description=DESCRIPTION, **values | fields)
+
+    def upload(self, content: bytes) -> str:
+        with datasets.Upload(self.settings) as upload:
+            upload.write(content)
+            return datasets.add(self.database, self.storage, self.owner, "examples", upload.finish()).id
+
+    def submit(self, lora: dict[str, Any] | None = None, dataset: str | None = None, **training: Any) -> str:
+        body = {"base_model": "tiny", "dataset": dataset or self.dataset, "lora": lora or {"rank": 4}}
+        request = from_mapping(TrainingRequest, body | {"training": QUICK | training})
+        with self.database.unit_of_work() as session:
+            return jobs.submit_training(session, self.owner, request)[0].id
+
+    def merge(self, *sources: tuple[str, float]) -> str:
+        body = {"adapters": [{"adapter": adapter, "weight": weight} for adapter, weight in sources]}
+        with self.database.unit_of_work() as session:
+            return jobs.submit_merge(session, self.owner, from_mapping(MergeRequest, body))[0].id
+
+    def run(self) -> None:
+        self.supervisor.work()
+
+    def run_while(self, act: Callable[[], object]) -> None:
+        """Work in another thread, and `act` meanwhile."""
+        thread = threading.Thread(target=self.run)
+        thread.start()
+        try:
+            act()
+        finally:
+            thread.join()
+
+    def job(self, job_id: str) -> Job:
+        with self.database.reading() as session:
+            return session.get_one(Job, job_id)
+
+    def until(self, job_id: str, ready: Callable[[Job], bool], seconds: float = 60) -> Job:
+        deadline = time.monotonic() + seconds
+        while not ready(job := self.job(job_id)):
+            assert time.monotonic() < deadline, f"{job.state} at step {job.step}"
+            time.sleep(0.02)
+        return job
+
+    def adapter(self, job_id: str) -> Adapter:
+        with self.database.reading() as session:
+            return session.scalars(select(Adapter).where(Adapter.job_id == job_id)).one()
+
+    def adapters(self, job_id: str) -> int:
+        with self.database.reading() as session:
+            return len(session.scalars(select(Adapter).where(Adapter.job_id == job_id)).all())
+
+    def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        with self.database.reading() as session:
+            rows = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step)
+            return list(session.scalars(rows))
+
+    def messages(self, job_id: str) -> list[str]:
+        with self.database.reading() as session:
+            rows = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == "message")
+            return [event.message for event in session.scalars(rows.order_by(JobEvent.seq))]
+
+    def metrics(self, job_id: str) -> list[dict[str, Any]]:
+        with self.database.reading() as session:
+            rows = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
+            return list(session.scalars(rows.order_by(JobEvent.seq)))
+
+    def download(self, adapter: Adapter, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        for file in adapter.files:
+            (folder / file["name"]).write_bytes(b"".join(self.storage.read(f"{adapter.prefix}/{file['name']}")))
+        return folder
+
+    def lineage(self, adapter: Adapter) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(b"".join(self.storage.read(f"{adapter.prefix}/lineage.json")))
+        return content
