@@ -52,13 +52,15 @@ class LoraConfig:
         if self.target_modules == ALL_LINEAR:
             return
         if isinstance(self.target_modules, str):
-            raise SpecError(f'expected a list of module names or "{ALL_LINEAR}"', field="target_modules")
+            raise SpecError(
+                f'target_modules: expected a list of module names or "{ALL_LINEAR}"', field="target_modules"
+            )
         names = tuple(self.target_modules)
         if not 1 <= len(names) <= 1024:
-            raise SpecError("expected between 1 and 1024 module names", field="target_modules")
+            raise SpecError("target_modules: expected between 1 and 1024 module names", field="target_modules")
         for name in names:
             if not isinstance(name, str) or len(name) > 200 or not _MODULE_NAME.fullmatch(name):
-                raise SpecError(f"{str(name)[:40]!r} is not a module name", field="target_modules")
+                raise SpecError(f"target_modules: {str(name)[:40]!r} is not a module name", field="target_modules")
         object.__setattr__(self, "target_modules", tuple(dict.fromkeys(names)))
 
     @property
@@ -178,7 +180,7 @@ class MergeSpec:
     def __post_init__(self) -> None:
         _one_of(self, "method", ("stack",))
         if not self.adapters:
-            raise SpecError("expected at least one adapter", field="adapters")
+            raise SpecError("adapters: expected at least one adapter", field="adapters")
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

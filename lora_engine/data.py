@@ -97,6 +97,18 @@ def read(path: Path, tokenizer: Any, sequence_length: int) -> Dataset:
     return Dataset(tuple(documents), sha256_file(path), truncated, dropped)
 
 
+def check_vocabulary(documents: Sequence[Document], size: int) -> None:
+    """Refuse tokens that the tokenizer knows and a base model of `size` embeddings does not.
+
+    Raises:
+        DataError: names the example and the token.
+    """
+    for document in documents:
+        token = int(document.ids.max())
+        if token >= size:
+            raise DataError(f"example {document.number + 1} holds token {token}; the base model has {size} embeddings")
+
+
 def split(dataset: Dataset, fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
     """(training, validation): the share `fraction` is held out, at least one example of ten or more."""
     count = len(dataset.documents)

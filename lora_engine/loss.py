@@ -1,5 +1,6 @@
 """The loss: negative log-likelihood of the target tokens, summed, so that a step divides once by all its targets."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ def summed_loss(model: Any, batch: MicroBatch) -> Tensor:
     return functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
-def mean_loss(model: Any, batches: list[MicroBatch]) -> float:
+@torch.no_grad()
+def mean_loss(model: Any, batches: Iterable[MicroBatch]) -> float:
     """Loss per target token over all `batches`, without gradients."""
-    with torch.no_grad():
-        total = sum(summed_loss(model, batch).item() for batch in batches)
-    return total / sum(len(batch.targets) for batch in batches)
+    total, targets = 0.0, 0
+    for batch in batches:
+        total += summed_loss(model, batch).item()
+        targets += len(batch.targets)
+    return total / targets

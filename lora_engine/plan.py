@@ -4,6 +4,7 @@ The global batch is never changed to save memory: only how many tokens pass thro
 dequantised weights of an NF4 base are kept. The result of training does not depend on either.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ _STATE_BYTES = 16
 # Activations kept for backward, per byte of the linear layers' outputs: norms, residuals and attention come on top.
 _ACTIVATION_FACTOR = 1.3
 _RESERVE = 0.9
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container it is the container's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,14 +131,28 @@ def base_bytes(base: BaseModel) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes of memory that are free on `device` now."""
+    """Bytes of memory that are free on `device` now, within the container's limit where there is one."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise WouldNotFit("the system does not say how much memory is available")
+    meminfo = _table(_MEMINFO)
+    if "MemAvailable:" not in meminfo:  # not Linux: all there is, as what is free is not told
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = meminfo["MemAvailable:"] * 1024
+    limit = _CGROUP / "memory.max"
+    if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        reclaimable = _table(_CGROUP / "memory.stat").get("inactive_file", 0)
+        available = min(available, max(0, int(text) - used + reclaimable))
+    return available
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, as the kernel writes them; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    rows = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
 def _choices(base: BaseModel, longest: int) -> Iterator[tuple[bool, int]]:

@@ -97,6 +97,7 @@ class Training:
             held_out = data.read(Path(spec.validation_dataset), base.tokenizer, sequence_length)
             self._validation_digest = held_out.digest
             self._documents, self._held_out = list(dataset.documents), list(held_out.documents)
+        data.check_vocabulary((*self._documents, *self._held_out), len(base.model.get_input_embeddings().weight))
         self.plan = plan.make(config, base, modules, trainable, dataset, self._documents, self._held_out)
         self._progress = _Progress()
         self._adapted = lora.attach(base, spec.lora, config.seed)
@@ -194,7 +195,7 @@ class Training:
         """Loss per target token over the held-out examples, without dropout."""
         self._adapted.routing.keys = self._adapted.head_routing.keys = None
         batches = data.micro_batches(self._held_out, self.plan.micro_batch_tokens, self._base.device)
-        return mean_loss(self._base.model, list(batches)) if self._held_out else None
+        return mean_loss(self._base.model, batches) if self._held_out else None
 
     def _documents_of(self, step: int) -> list[Document]:
         epoch, index = divmod(step, self.plan.steps_per_epoch)

@@ -153,8 +153,8 @@ class LocalStorage:
             raise Unavailable("the object directory is not writable")
 
     def _path(self, key: str) -> Path:
-        path = self._root / key
-        if not key or ".." in path.parts or path == self._root:
+        path = self._root / key  # which is `key` alone when that begins with a slash
+        if ".." in path.parts or self._root not in path.parents:
             raise ValueError(f"not an object key: {key!r}")
         return path
 

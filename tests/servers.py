@@ -143,8 +143,9 @@ class Launcher:
             if not _reachable_by_others(install):
                 install = Path(shutil.copytree(install, self.folder / "pginstall", symlinks=True))
         data.chmod(0o700)
-        initdb = [install / "bin" / "initdb", "-D", data, "-U", "luthier", "-A", "trust", "--no-sync", "-E", "UTF8"]
-        subprocess.run([*initdb, "--locale=C"], check=True, capture_output=True, cwd=self.folder, **identity)
+        initdb: list[str | Path] = [install / "bin" / "initdb", "-D", data, "-U", "luthier", "-A", "trust", "--no-sync"]
+        initdb += ["-E", "UTF8", "--locale=C"]
+        subprocess.run(initdb, check=True, capture_output=True, cwd=self.folder, **identity)
         options = {"listen_addresses": "", "fsync": "off", "full_page_writes": "off", "max_connections": "200",
                    "unix_socket_directories": str(data), "shared_buffers": "32MB", "autovacuum": "off"}  # fmt: skip
         command: list[str | Path] = [install / "bin" / "postgres", "-D", data]

@@ -5,12 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from lora_engine import adapter
+from lora_engine import adapter, base_model
 from lora_engine.adapter import Adapter, LoraWeights
+from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec
 from lora_engine.errors import AdapterError
+from lora_engine.train import Training
 from tests.lora_engine import peft_adapters
+from tests.tiny_model import make_tiny_model
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -180,3 +185,30 @@ def test_missing_and_torn_files_are_named(tmp_path: Path) -> None:
     weights.rename(tmp_path / "a/adapter_model.bin")
     with pytest.raises(AdapterError, match="other weight formats"):
         adapter.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(rank=4), LoraConfig(rank=3, alpha=5, use_rslora=True)], ids=str)
+def test_stock_peft_computes_what_the_engine_trained(lora: LoraConfig, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "base")
+    rows = [{"prompt": f"What is {number}? ", "completion": f"It is {number * 7}."} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = TrainSpec(
+        base_model=str(folder),
+        dataset=str(tmp_path / "rows.jsonl"),
+        output=str(tmp_path),
+        lora=lora,
+        training=TrainingConfig(epochs=3, global_batch=2, learning_rate=0.02, validation_fraction=0),
+    )
+    base = base_model.load(folder)
+    ids = torch.arange(5, 45)[None]
+    with Training(spec, base) as training:
+        list(training.steps())
+        with torch.no_grad():
+            trained = base.model(ids).logits
+        training.finish()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        plain = model(ids).logits
+        peft = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))(ids).logits
+    torch.testing.assert_close(peft, trained, rtol=1e-4, atol=1e-4)
+    assert (trained - plain).abs().max() > 0.1

@@ -123,7 +123,9 @@ def test_a_conversation_needs_a_template(plain: Any) -> None:
 
 
 def test_a_template_that_rewrites_or_refuses_is_an_error(tokenizer: Any) -> None:
-    turns = conversation(("user", "One?", False), ("assistant", "Yes.", True), ("user", "Two?", False), ("assistant", "No.", True))
+    turns = conversation(
+        ("user", "One?", False), ("assistant", "Yes.", True), ("user", "Two?", False), ("assistant", "No.", True)
+    )
     bare = make_tokenizer()
     bare.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match="rewrites earlier turns"):

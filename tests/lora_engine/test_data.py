@@ -65,6 +65,12 @@ def test_a_wrong_row_is_named_by_its_line(tokenizer: Any, tmp_path: Path) -> Non
         data.read(tmp_path / "nothing", tokenizer, 10)
 
 
+def test_a_token_without_an_embedding_is_refused() -> None:
+    data.check_vocabulary([document(0, 5)], 5)
+    with pytest.raises(DataError, match="example 1 holds token 4"):
+        data.check_vocabulary([document(0, 5)], 4)
+
+
 @pytest.mark.parametrize(
     ("count", "fraction", "held"), [(100, 0.05, 5), (10, 0.05, 1), (9, 0.05, 0), (9, 0.5, 4), (1, 0.5, 0), (50, 0, 0)]
 )
@@ -98,7 +104,11 @@ def test_micro_batches_pad_on_the_right_and_keep_to_the_budget() -> None:
     first = batches[0]
     assert first.examples.tolist() == [1, 2, 4]
     assert first.ids.tolist() == [[100, 101, 102, 0], [200, 201, 202, 203], [400, 401, 402, 403]]
-    assert first.predicts.tolist() == [[True, True, False, False], [False, True, True, False], [False, True, True, False]]
+    assert first.predicts.tolist() == [
+        [True, True, False, False],
+        [False, True, True, False],
+        [False, True, True, False],
+    ]
     assert first.targets.tolist() == [101, 102, 202, 203, 402, 403]
 
 

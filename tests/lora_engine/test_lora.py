@@ -44,7 +44,7 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     return result
 
 
-def random_B(adapted: Adapted) -> None:
+def randomize(adapted: Adapted) -> None:
     """So that the adapter does something."""
     generator = torch.Generator().manual_seed(5)
     for layer in adapted.layers.values():
@@ -79,7 +79,9 @@ def dequantized_twin(base: BaseModel) -> Any:
     for name, module in base.model.named_modules():
         if isinstance(module, nf4.NF4Linear):
             weight = model.get_submodule(name).weight
-            weight.data.copy_(module.dequantized() if isinstance(model.get_submodule(name), nn.Linear) else module.dequantized().t())
+            weight.data.copy_(
+                module.dequantized() if isinstance(model.get_submodule(name), nn.Linear) else module.dequantized().t()
+            )
     return model
 
 
@@ -99,7 +101,7 @@ def test_a_step_is_the_one_peft_makes(
     base = base_model.load(make(tmp_path), quantization=quantization)
     plain = dequantized_twin(base)
     adapted = attach(base, config, seed=1)
-    random_B(adapted)
+    randomize(adapted)
     twin, layers = peft_twin(adapted, plain, config)
     targets = IDS[:, 1:].reshape(-1)
 
@@ -130,7 +132,7 @@ def test_at_first_the_logits_are_the_bases(loaded: BaseModel) -> None:
     plain = logits(loaded.model)
     adapted = attach(loaded, LoraConfig(), seed=1)
     assert torch.equal(logits(loaded.model), plain)
-    random_B(adapted)
+    randomize(adapted)
     assert not torch.equal(logits(loaded.model), plain)
     adapted.detach()
 
@@ -139,7 +141,7 @@ def test_detaching_gives_back_the_very_same_base(loaded: BaseModel) -> None:
     before = dict(loaded.model.named_modules())
     bytes_before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     adapted = attach(loaded, LoraConfig(dropout=0.1), seed=1)
-    random_B(adapted)
+    randomize(adapted)
     logits(loaded.model).sum().backward()
     adapted.detach()
     assert dict(loaded.model.named_modules()) == before
@@ -153,7 +155,7 @@ def test_evaluating_between_two_passes_leaves_gradients_unchanged(folder: Path) 
     for quantization in ("none", "nf4"):
         base = base_model.load(folder, quantization=quantization)
         adapted = attach(base, CONFIG, seed=1)
-        random_B(adapted)
+        randomize(adapted)
         logits(base.model).logsumexp(-1).sum().backward()
         before = adapted.gradients.clone()
         with torch.no_grad():
@@ -166,7 +168,7 @@ def test_evaluating_between_two_passes_leaves_gradients_unchanged(folder: Path) 
 
 def test_each_adapter_of_a_shared_pass_gets_what_it_gets_alone(adapted: Adapted, loaded: BaseModel) -> None:
     """Two slots, one segment each, and rows of nobody: outputs and gradients as in passes of their own."""
-    random_B(adapted)
+    randomize(adapted)
     generator = torch.Generator().manual_seed(9)
     for layer in adapted.layers.values():
         first = layer.slots[0]
@@ -195,7 +197,7 @@ def test_each_adapter_of_a_shared_pass_gets_what_it_gets_alone(adapted: Adapted,
 def test_dropout_reaches_the_factors_and_not_the_frozen_product(loaded: BaseModel) -> None:
     """Checked against the formula written with plain autograd and the same mask, in float64."""
     adapted = attach(loaded, LoraConfig(rank=4, dropout=0.5, target_modules=["down_proj"]), seed=1)
-    random_B(adapted)
+    randomize(adapted)
     layer = adapted.layers["model.layers.1.mlp.down_proj"]
     x = torch.randn(10, 64, generator=torch.Generator().manual_seed(2), requires_grad=True)
     adapted.routing.keys = torch.arange(10) * 7919

@@ -47,7 +47,9 @@ def test_product_and_gradient_with_and_without_keeping_the_dequantised_weight() 
 
 
 def test_dequantizing_once_reaches_every_layer_and_is_undone() -> None:
-    model = nn.Sequential(NF4Linear(WEIGHT, None, torch.float32), nn.ReLU(), NF4Linear(WEIGHT.t().contiguous(), None, torch.float32))
+    model = nn.Sequential(
+        NF4Linear(WEIGHT, None, torch.float32), nn.ReLU(), NF4Linear(WEIGHT.t().contiguous(), None, torch.float32)
+    )
     nf4.dequantize_once(model, True)
     kept = [layer.dequantized() for layer in nf4.layers(model)]
     assert all(first is layer.dequantized() for first, layer in zip(kept, nf4.layers(model), strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_engine import adapter, base_model, data, plan
+from lora_engine import adapter, base_model, data, nf4, plan
 from lora_engine.base_model import BaseModel
 from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec
 from lora_engine.errors import CheckpointError, DataError, Diverged, OutOfMemory, SpecError
@@ -150,16 +150,14 @@ def test_the_first_steps_are_those_of_peft_and_plain_pytorch(spec: Spec, folder:
             torch.testing.assert_close(weights.B, layers[name].lora_B.default.weight.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_micro_batches_do_not_change_the_gradient(
-    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batches_do_not_change_the_gradient(spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for tokens in (16, 90, 4096):
         monkeypatch.setitem(plan._PREFERRED_TOKENS, "cpu", tokens)
         with Training(spec(), base) as training:
             documents = training._documents_of(0)
             batches = list(data.micro_batches(documents, training.plan.micro_batch_tokens, base.device))
-            random_B(training)
+            randomize(training)
             loss = training._accumulate(documents, sum(document.trained_tokens for document in documents))
             found.append((len(batches), loss, training._adapted.gradients.clone()))
     assert len({count for count, _, _ in found}) >= 2
@@ -168,7 +166,7 @@ def test_micro_batches_do_not_change_the_gradient(
         assert (gradients - found[0][2]).abs().max() <= 1e-5 * found[0][2].abs().max()
 
 
-def random_B(training: Training) -> None:
+def randomize(training: Training) -> None:
     with torch.no_grad():
         training._adapted.parameters.add_(0.01)
     training._adapted.refresh()
@@ -212,7 +210,9 @@ def test_a_resumed_job_ends_in_the_same_bytes(spec: Spec, base: BaseModel, stop_
         rest = list(training.steps())
         assert training.finish() == metrics
     assert [step.step for step in rest] == list(range(stop_after + 1, 11))
-    assert [(step.loss, step.grad_norm) for step in rest] == [(step.loss, step.grad_norm) for step in steps[stop_after:]]
+    assert [(step.loss, step.grad_norm) for step in rest] == [
+        (step.loss, step.grad_norm) for step in steps[stop_after:]
+    ]
     assert adapter_bytes(broken) == adapter_bytes(straight)
 
 
@@ -234,7 +234,10 @@ def test_the_newest_checkpoints_are_kept(spec: Spec, base: BaseModel) -> None:
         for step in training.steps():
             if step.checkpoint_due:
                 training.checkpoint()
-    assert [path.name for path in sorted((Path(job.output) / "checkpoints").iterdir())] == ["step-00000006", "step-00000008"]
+    assert [path.name for path in sorted((Path(job.output) / "checkpoints").iterdir())] == [
+        "step-00000006",
+        "step-00000008",
+    ]
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -244,6 +247,7 @@ def test_a_second_job_on_a_warm_base_gives_the_bytes_of_a_fresh_one(
     warm = base_model.load(folder, quantization=quantization)
     train(spec("first", quantization=quantization, seed=3), warm)
     train(spec("warm", quantization=quantization, max_steps=4), warm)
+    assert all(layer.dequantized() is not layer.dequantized() for layer in nf4.layers(warm.model))  # none is kept
     train(spec("fresh", quantization=quantization, max_steps=4), base_model.load(folder, quantization=quantization))
     assert adapter_bytes(spec("warm")) == adapter_bytes(spec("fresh"))
     assert adapter_bytes(spec("warm")) != adapter_bytes(spec("first"))
@@ -280,9 +284,7 @@ def test_what_is_not_finite_is_never_applied(spec: Spec, base: BaseModel) -> Non
         assert torch.equal(training._adapted.parameters, before)
 
 
-def test_running_out_of_memory_is_an_engine_error(
-    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_out_of_memory_is_an_engine_error(spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import obstore
 import pytest
 
-from service import storage as storage_module
 from service.errors import NoSpace, Unavailable
 from service.storage import (
     LocalStorage,
@@ -20,6 +19,7 @@ from service.storage import (
     open_storage,
     put_folder,
 )
+from tests import servers
 
 CONTENT = os.urandom(100) + bytes(10 << 20) + b"end"  # longer than one ranged read of S3
 
@@ -123,13 +123,18 @@ def test_objects_are_for_the_services_eyes_only(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "objects").stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("key", ["", "../x", "a/../../x", ".", "/etc/passwd"])
+@pytest.mark.parametrize("key", ["", ".", "../outside", "a/../../outside", "{outside}", "/{outside}"])
 def test_no_key_leads_out_of_the_folder(tmp_path: Path, key: str, file: Path) -> None:
-    storage = LocalStorage(tmp_path / "objects")
+    storage, outside = LocalStorage(tmp_path / "objects"), tmp_path / "outside"
+    outside.write_bytes(b"not yours")
+    key = key.format(outside=outside)
     with pytest.raises(ValueError, match="not an object key"):
         storage.put_file(key, file, file_sha256(file))
     with pytest.raises(ValueError, match="not an object key"):
+        storage.read(key)
+    with pytest.raises(ValueError, match="not an object key"):
         storage.delete_prefix(key)
+    assert outside.read_bytes() == b"not yours"
 
 
 def test_a_torn_write_leaves_nothing(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +169,7 @@ def test_wrong_credentials_are_refused(
 
 
 def test_a_store_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
-    for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
-                        "AWS_REGION": "us-east-1"}.items():  # fmt: skip
+    for name, value in (servers.S3_CREDENTIALS | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}).items():
         monkeypatch.setenv(name, value)
     storage = open_storage("s3://bucket/prefix")
     with pytest.raises(Unavailable):
@@ -188,7 +192,7 @@ def test_a_store_that_lies_is_found_out(
         if fault != "dropped":
             put(store, key, bytes(content))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(storage_module.obstore, "put", lying)
+    monkeypatch.setattr(obstore, "put", lying)
     with pytest.raises((ObjectDamaged, ObjectMissing)):
         storage.put_file("a/b", file, file_sha256(file))
     assert list(storage.keys("a")) == []

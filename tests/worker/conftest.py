@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import postgres_database
 from tests.tiny_model import make_tiny_model
 from tests.worker.bench import Bench
 
@@ -31,3 +32,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, examples: 
     bench = Bench(tmp_path_factory.mktemp("bench"), tiny_model, examples)
     yield bench
     bench.close()
+
+
+@pytest.fixture(scope="module")
+def module_postgres_url(postgres_server: str, postgres_template: str) -> Iterator[str]:
+    """A database for all tests of a module."""
+    with postgres_database(postgres_server, postgres_template) as url:
+        yield url

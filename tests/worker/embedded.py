@@ -12,8 +12,12 @@ from typing import Any
 import httpx
 import psutil
 
+from lora_engine.base_files import file_list
+from service import base_models, users
+from service.db import Database
+from service.settings import Settings
 from tests.servers import free_port, wait_until
-from tests.worker.bench import QUICK
+from tests.worker.bench import DESCRIPTION, QUICK
 
 FAST = {
     "LUTHIER_LEASE_SECONDS": "6",
@@ -29,9 +33,11 @@ FAST = {
 class Embedded:
     """The service in a process tree of its own. Only what it prints and answers is looked at."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.folder = folder
-        self.environment = os.environ | FAST | {"LUTHIER_DATA_DIR": str(folder / "data")} | environment
+    def __init__(self, folder: Path, database_url: str, base_model: str = "tiny") -> None:
+        self.folder, self.base_model, self.key, self.dataset = folder, base_model, "", ""
+        self.settings = Settings(data_dir=folder / "data", database_url=database_url)
+        own = {"LUTHIER_DATA_DIR": str(self.settings.data_dir), "LUTHIER_DATABASE_URL": self.settings.database_url}
+        self.environment = os.environ | FAST | own
         self.url = ""
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -71,16 +77,17 @@ class Embedded:
     def log(self) -> str:
         return (self.folder / "up.log").read_text()
 
-    def luthier(self, *arguments: str) -> str:
-        """One call of the console script; what it printed."""
-        command = [sys.executable, "-m", "service.cli", *arguments]
-        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout.strip()
-
-    def set_up(self, model: Path, examples: bytes) -> None:
-        """A base model, a user's key, a dataset."""
-        self.luthier("base-models", "add", "tiny", "--folder", str(model))
-        self.client.headers["Authorization"] = f"Bearer {self.luthier('users', 'add', 'ada')}"
-        self.dataset = self.post("/datasets", files={"file": ("examples.jsonl", examples)})["id"]
+    def set_up(self, model: Path, examples: bytes = b"") -> None:
+        """A base model, a user's key, and a dataset if there are examples."""
+        database = Database(self.settings.database_url)
+        with database.unit_of_work() as session:
+            values = {"source": "tiny", "revision": None, "files": file_list(model)}
+            base_models.add(session, self.base_model, folder=model, description=DESCRIPTION, **values)
+            self.key = users.create_key(session, users.create_user(session, "ada").id)
+        database.close()
+        self.client.headers["Authorization"] = f"Bearer {self.key}"
+        if examples:
+            self.dataset = self.post("/datasets", files={"file": ("examples.jsonl", examples)})["id"]
 
     def post(self, path: str, **content: Any) -> Any:
         response = self.client.post(path, **content)
@@ -101,7 +108,7 @@ class Embedded:
             return response.json()
 
     def submit(self, **training: Any) -> str:
-        body = {"base_model": "tiny", "dataset": self.dataset, "lora": {"rank": 4, "dropout": 0.1}}
+        body = {"base_model": self.base_model, "dataset": self.dataset, "lora": {"rank": 4, "dropout": 0.1}}
         return str(self.post("/jobs", json=body | {"training": QUICK | training})["id"])
 
     def until(self, job_id: str, ready: Callable[[dict[str, Any]], bool], seconds: float = 120) -> dict[str, Any]:

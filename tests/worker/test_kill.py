@@ -1,6 +1,7 @@
 """kill -9 of every process while a job runs: one adapter all the same, with the bytes of an undisturbed run."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,23 +17,25 @@ from tests.worker.embedded import Embedded
 HOST, WORKER, API, BROKER = ("worker.host",), ("-m worker",), ("service.cli", "api"), ("valkey",)
 
 
-@pytest.fixture
-def embedded(database_url: str, tiny_model: Path, examples: bytes) -> Iterator[Embedded]:
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def embedded(request: pytest.FixtureRequest, tiny_model: Path, examples: bytes) -> Iterator[Embedded]:
     folder = servers.short_folder()
-    embedded = Embedded(folder, LUTHIER_DATABASE_URL=database_url)
+    url = "" if request.param == "sqlite" else request.getfixturevalue("module_postgres_url")
+    embedded = Embedded(folder, url)
     embedded.set_up(tiny_model, examples)
     yield embedded
     embedded.close()
+    shutil.rmtree(folder)
 
 
 def test_a_job_survives_the_death_of_every_process(embedded: Embedded) -> None:
     # Slow enough that all four deaths fall into the job, in the middle of its steps.
-    training: dict[str, Any] = {"epochs": 100, "checkpoint_every": 20}
+    training: dict[str, Any] = {"epochs": 30, "checkpoint_every": 20}
     undisturbed = embedded.ended(embedded.submit(**training))
     assert undisturbed["status"] == "succeeded", undisturbed["error"]
     job_id = embedded.submit(**training)
     killed = []
-    for attempt, step, name in ((1, 25, BROKER), (1, 50, API), (1, 75, HOST), (2, 100, WORKER)):
+    for attempt, step, name in ((1, 25, BROKER), (1, 45, API), (1, 65, HOST), (2, 85, WORKER)):
 
         def due(job: dict[str, Any], attempt: int = attempt, step: int = step) -> bool:
             return (job["attempt"], job["phase"]) == (attempt, "training") and bool(job["step"] >= step)

@@ -81,7 +81,7 @@ def test_a_merge_becomes_an_adapter_with_parents(site: Site, adapter: str, tmp_p
     assert site.ann.get(f"/adapters/{merged['id']}").json()["parents"] == asked["adapters"]
 
 
-MERGES: list[tuple[Any, int, str]] = [
+MERGES: list[tuple[Any, int, str | None]] = [
     ({}, 422, "adapters"),
     ({"adapters": []}, 422, "adapters"),
     ({"adapters": "adapter-1"}, 422, "adapters"),
@@ -97,7 +97,9 @@ MERGES: list[tuple[Any, int, str]] = [
 
 
 @pytest.mark.parametrize(("body", "status", "param"), MERGES)
-def test_a_merge_that_cannot_be_is_refused_by_field(shared_site: Site, body: Any, status: int, param: str) -> None:
+def test_a_merge_that_cannot_be_is_refused_by_field(
+    shared_site: Site, body: Any, status: int, param: str | None
+) -> None:
     answer = shared_site.ann.post("/adapters/merge", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
 

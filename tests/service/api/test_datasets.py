@@ -59,9 +59,10 @@ def test_lists_page_newest_first_and_show_the_owners_only(site: Site) -> None:
     made = [site.upload(site.ann) for _ in range(5)]
     site.upload(site.bob)
     made.sort(reverse=True)
-    seen, after = [], {}
+    seen: list[str] = []
+    after: dict[str, str] = {}
     for _ in range(3):
-        page = site.ann.get("/datasets", params={"limit": 2} | after).json()
+        page = site.ann.get("/datasets", params={"limit": "2"} | after).json()
         seen += [item["id"] for item in page["data"]]
         assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
         assert page["has_more"] == (len(seen) < 5)

@@ -171,7 +171,7 @@ KEYS = [
 
 @pytest.mark.parametrize("key", KEYS)
 def test_keys(shared_site: Site, key: str | None) -> None:
-    headers = {} if key is None else {"Authorization": key.encode("utf-8")}
+    headers = {} if key is None else {b"Authorization": key.encode()}
     answer = shared_site.client().get("/jobs", headers=headers)
     error = check(answer, 401)
     assert error["code"] == "invalid_api_key"

@@ -50,7 +50,7 @@ def test_the_same_key_and_body_make_one_job(site: Site) -> None:
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "tab\there", "ümlaut"])
 def test_a_key_that_is_none_is_refused(shared_site: Site, key: str) -> None:
-    headers = {"Idempotency-Key": key.encode()}
+    headers = {b"Idempotency-Key": key.encode()}
     answer = shared_site.ann.post("/jobs", json={"base_model": "x", "dataset": "y"}, headers=headers)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
 

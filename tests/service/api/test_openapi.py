@@ -74,7 +74,8 @@ def test_examples_are_what_they_illustrate() -> None:
     assert from_mapping(TrainingRequest, schemas.TRAINING_EXAMPLE).lora.rank == 16
     assert len(from_mapping(MergeRequest, schemas.MERGE_EXAMPLE).adapters) == 2
     for model in (schemas.Dataset, schemas.Job, schemas.Event, schemas.Adapter, schemas.BaseModel):
-        example = model.model_config["json_schema_extra"]["examples"][0]
+        extra: Any = model.model_config["json_schema_extra"]
+        (example,) = extra["examples"]
         assert model.model_validate(example).model_dump() == example
 
 
