@@ -205,7 +205,12 @@ class Training:
 
     def checkpoint(self) -> Path:
         """Write the state after the last step to `output`/checkpoints; the new folder. Call it between steps."""
-        state = {"fingerprint": self._fingerprint(), "engine": version("luthier"), **dataclasses.asdict(self._progress)}
+        state = {
+            "fingerprint": self._fingerprint(),
+            "engine": version("luthier"),
+            "micro_batch_tokens": self.plan.micro_batch_tokens,
+            **dataclasses.asdict(self._progress),
+        }
         return checkpoint.save(Path(self.spec.output) / "checkpoints", self._progress.step, self._tensors(), state)
 
     def resume(self, folder: Path) -> None:
@@ -218,6 +223,8 @@ class Training:
         if state.pop("fingerprint", None) != self._fingerprint():
             raise CheckpointError(f"{folder.name}: the checkpoint belongs to another spec or dataset")
         state.pop("engine", None)
+        # The plan follows the memory that is free today; the order of the sums, and so the bits, must not.
+        self.plan = dataclasses.replace(self.plan, micro_batch_tokens=state.pop("micro_batch_tokens"))
         checkpoint.restore(tensors, self._tensors())
         self._progress = _Progress(**state)
         self._adapted.refresh()

@@ -151,7 +151,7 @@ def add(database: Database, storage: Storage, owner_id: str, name: str, received
     try:
         storage.put_file(object_key(dataset.id), received.path, received.sha256)
         with database.unit_of_work() as session:
-            ready = update(Dataset).where(Dataset.id == dataset.id, Dataset.status == "validating")
+            ready = update(Dataset).where(Dataset.id == dataset.id)
             if not session.execute(ready.values(status="ready").returning(Dataset.id)).first():
                 raise Unavailable("storing the file took too long; upload it again")
             return session.get_one(Dataset, dataset.id, populate_existing=True)

@@ -38,6 +38,8 @@ def answer(error: ServiceError, **headers: str) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.status == 408:
+        headers["Connection"] = "close"
     return _shape(error.status, error.message, error.code, error.category, error.param, headers)
 
 

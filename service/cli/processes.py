@@ -8,7 +8,6 @@ from typing import Annotated
 import httpx
 import typer
 
-import migrations
 from service.settings import Settings
 
 
@@ -40,6 +39,8 @@ def worker() -> None:
 
 def migrate() -> None:
     """Bring the database's schema up to date."""
+    import migrations  # Alembic takes half a second, which the processes that serve do not need
+
     migrations.upgrade(Settings().database_url)
 
 

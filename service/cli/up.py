@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from sqlalchemy import select
 
-import migrations
 from service import base_models, users
 from service.cli.children import Child
 from service.cli.processes import is_ready
@@ -33,6 +32,8 @@ def up(
     settings = Settings()
     for folder in (settings.data_dir, settings.run_dir, settings.models_dir, settings.work_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    import migrations  # Alembic takes half a second, which the processes that serve do not need
+
     migrations.upgrade(settings.database_url)
     _first_start(settings)
     stopping = _Stopping()

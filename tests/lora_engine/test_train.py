@@ -216,6 +216,24 @@ def test_a_resumed_job_ends_in_the_same_bytes(spec: Spec, base: BaseModel, stop_
     assert adapter_bytes(broken) == adapter_bytes(straight)
 
 
+def test_a_resume_keeps_its_micro_batches_however_much_memory_is_free(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, broken = spec("straight"), spec("broken")
+    train(straight, base)
+    with Training(broken, base) as training:
+        next(training.steps())
+        checkpoint = training.checkpoint()
+        planned = training.plan.micro_batch_tokens
+    monkeypatch.setitem(plan._PREFERRED_TOKENS, "cpu", 32)
+    with Training(broken, base) as training:
+        assert training.plan.micro_batch_tokens < planned
+        training.resume(checkpoint)
+        list(training.steps())
+        training.finish()
+    assert adapter_bytes(broken) == adapter_bytes(straight)
+
+
 def test_a_checkpoint_of_another_job_is_refused(spec: Spec, base: BaseModel) -> None:
     with Training(spec(), base) as training:
         next(training.steps())

@@ -48,6 +48,15 @@ def test_the_faulty_line_is_named_in_pieces_of_any_size(settings: Settings, size
     assert list(settings.work_dir.iterdir()) == []
 
 
+@pytest.mark.parametrize("filler", [b"x", b" "])
+def test_a_line_is_refused_once_it_is_too_long(settings: Settings, filler: bytes) -> None:
+    """Not at its end: a line that never ends would fill the memory."""
+    with datasets.Upload(settings) as upload:
+        upload.write(filler * (1 << 20))
+        with pytest.raises(Invalid, match="longer than"):
+            upload.write(filler)
+
+
 def test_a_row_without_its_object_is_never_ready(
     database: Database, objects: LocalStorage, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
