@@ -4,6 +4,7 @@ An object appears whole or not at all, and `put_file` returns only after the byt
 with their SHA-256. Keys are made by this service from its own ids, never from anything a client sent.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -100,6 +101,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _make_folder(folder: Path) -> None:
+    """Like `mkdir -p`, and durable: a new folder's name lies in its parent, which is fsynced."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fsync_folder(folder.parent)
+
+
 class LocalStorage:
     """Files below one folder; written beside their place, fsynced, then renamed."""
 
@@ -109,24 +119,26 @@ class LocalStorage:
 
     def put_file(self, key: str, path: Path, sha256: str) -> None:
         target = self._path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
         digest = hashlib.sha256()
-        try:
-            with path.open("rb") as source, temporary.open("wb") as file:
-                while chunk := source.read(CHUNK):
-                    digest.update(chunk)
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            if digest.hexdigest() != sha256:
-                raise ObjectDamaged(key)
-            temporary.rename(target)
-        except OSError as error:
-            raise NoSpace(f"could not store an object: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        fsync_folder(target.parent)
+        with path.open("rb") as source:
+            try:
+                _make_folder(target.parent)
+                with temporary.open("wb") as file:
+                    while chunk := source.read(CHUNK):
+                        digest.update(chunk)
+                        file.write(chunk)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if digest.hexdigest() != sha256:
+                    raise ObjectDamaged(key)
+                temporary.rename(target)
+                fsync_folder(target.parent)
+            except OSError as error:
+                kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else Unavailable
+                raise kind(f"could not store an object: {error.strerror}") from error
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         try:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ FOLDER = "luthier_servers"
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is cut off tidies up too
         launcher = servers.Launcher()
         config.add_cleanup(launcher.close)
         config.stash[_folder] = str(launcher.folder)

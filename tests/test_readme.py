@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import servers
 from tests.tiny_model import make_tiny_model
 from tests.worker.embedded import Embedded
 
@@ -28,8 +27,7 @@ LINES = [
 
 @pytest.fixture
 def embedded(tmp_path: Path) -> Iterator[Embedded]:
-    folder = servers.short_folder()
-    embedded = Embedded(folder, "", base_model="smollm2-135m-instruct")
+    embedded = Embedded(base_model="smollm2-135m-instruct")
     embedded.set_up(make_tiny_model(tmp_path / "model"))
     yield embedded
     embedded.close()

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from service import users
 from service.cli.admin import DEMO_SOURCE, convert_demo_model, register_base_model
@@ -29,6 +30,7 @@ from service.settings import Settings
 BASE_MODEL = "smollm2-135m-instruct"
 _FILES = Path(__file__).parent
 _START_SECONDS = 60.0
+_ANSWER_TOKENS = 48  # an order in the house format takes about thirty
 _TERMINAL = ("succeeded", "failed", "cancelled")
 
 
@@ -140,17 +142,23 @@ def _download(client: httpx.Client, adapter_id: str, folder: Path) -> Path:
 
 def _compare(console: Console, base: Path, adapter: Path) -> None:
     """The same prompts, answered by the base model and by the base model with the adapter."""
+    console.print("Asking both …")
     prompts = json.loads((_FILES / "demo_prompts.json").read_bytes())
-    command = [sys.executable, "-m", "lora_engine", "generate", str(base), "--adapter", str(adapter), "--compare"]
+    options = ["--adapter", str(adapter), "--compare", "--max-new-tokens", str(_ANSWER_TOKENS)]
+    command = [sys.executable, "-m", "lora_engine", "generate", str(base), *options]
     asked = json.dumps([item["prompt"] for item in prompts])
-    result = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, check=True)
-    answers = json.loads(result.stdout)
-    table = Table(title="The same prompts, before and after", show_lines=True)
+    answers = json.loads(subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    table = Table(title="The same prompt, before and after", show_lines=True)
     for heading in ("prompt", "base model", "with the adapter"):
         table.add_column(heading, ratio=1)
     for item, answer in zip(prompts, answers, strict=True):
-        table.add_row(item["prompt"], answer["base"], answer["adapter"])
-    console.print(table, markup=False)
+        table.add_row(*(Text(text) for text in (item["prompt"], answer["base"], answer["adapter"])))
+    console.print(table)
+    for name, speaker in (("base", "The base model"), ("adapter", "With the adapter")):
+        right = sum(answer[name] == item["answer"] for item, answer in zip(prompts, answers, strict=True))
+        console.print(
+            f"{speaker}: {right} of {len(prompts)} answers are the JSON object that the house format asks for."
+        )
 
 
 def _checked(response: httpx.Response) -> dict[str, Any]:

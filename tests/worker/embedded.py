@@ -1,6 +1,7 @@
 """`luthier up` as a person starts it, with leases short enough for a test, and a client."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lora_engine.base_files import file_list
 from service import base_models, users
 from service.db import Database
 from service.settings import Settings
+from tests import servers
 from tests.servers import free_port, wait_until
 from tests.worker.bench import DESCRIPTION, QUICK
 
@@ -31,10 +33,11 @@ FAST = {
 
 
 class Embedded:
-    """The service in a process tree of its own. Only what it prints and answers is looked at."""
+    """The service in a process tree and a folder of its own. Only what it prints and answers is looked at."""
 
-    def __init__(self, folder: Path, database_url: str, base_model: str = "tiny") -> None:
-        self.folder, self.base_model, self.key, self.dataset = folder, base_model, "", ""
+    def __init__(self, database_url: str = "", base_model: str = "tiny") -> None:
+        self.folder = folder = servers.short_folder()
+        self.base_model, self.key, self.dataset = base_model, "", ""
         self.settings = Settings(data_dir=folder / "data", database_url=database_url)
         own = {"LUTHIER_DATA_DIR": str(self.settings.data_dir), "LUTHIER_DATABASE_URL": self.settings.database_url}
         self.environment = os.environ | FAST | own
@@ -66,6 +69,7 @@ class Embedded:
         assert self.process is not None
         if self.process.poll() is None:
             self.stop()
+        shutil.rmtree(self.folder)
 
     def is_ready(self) -> bool:
         try:

@@ -1,7 +1,6 @@
 """kill -9 of every process while a job runs: one adapter all the same, with the bytes of an undisturbed run."""
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ import httpx
 import psutil
 import pytest
 
-from tests import servers
 from tests.worker.embedded import Embedded
 
 HOST, WORKER, API, BROKER = ("worker.host",), ("-m worker",), ("service.cli", "api"), ("valkey",)
@@ -19,13 +17,11 @@ HOST, WORKER, API, BROKER = ("worker.host",), ("-m worker",), ("service.cli", "a
 
 @pytest.fixture(scope="module", params=["sqlite", "postgres"])
 def embedded(request: pytest.FixtureRequest, tiny_model: Path, examples: bytes) -> Iterator[Embedded]:
-    folder = servers.short_folder()
     url = "" if request.param == "sqlite" else request.getfixturevalue("module_postgres_url")
-    embedded = Embedded(folder, url)
+    embedded = Embedded(url)
     embedded.set_up(tiny_model, examples)
     yield embedded
     embedded.close()
-    shutil.rmtree(folder)
 
 
 def test_a_job_survives_the_death_of_every_process(embedded: Embedded) -> None:
