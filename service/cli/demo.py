@@ -91,12 +91,9 @@ def _train(client: httpx.Client, console: Console) -> dict[str, Any]:
     with (_FILES / "demo_orders.jsonl").open("rb") as file:
         dataset = _checked(client.post("/datasets", files={"file": ("orders.jsonl", file)}, data={"name": "orders"}))
     console.print(f"POST /datasets → {dataset['id']} ({dataset['rows']} examples)")
-    body = {
-        "base_model": BASE_MODEL,
-        "dataset": dataset["id"],
-        "name": "food orders",
-        **json.loads((_FILES / "demo_job.json").read_bytes()),
-    }
+    body = {"base_model": BASE_MODEL, "dataset": dataset["id"], "name": "food orders"}
+    body |= json.loads((_FILES / "demo_job.json").read_bytes())
+    body["training"]["compute_dtype"] = _quickest_dtype()
     job = _checked(client.post("/jobs", json=body))
     console.print(f"POST /jobs → {job['id']} (QLoRA: NF4 base, rank {job['spec']['lora']['rank']})")
     columns = (
@@ -150,7 +147,7 @@ def _compare(console: Console, base: Path, adapter: Path) -> None:
     answers = json.loads(subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, check=True).stdout)
     table = Table(title="The same prompt, before and after", show_lines=True)
     for heading in ("prompt", "base model", "with the adapter"):
-        table.add_column(heading, ratio=1)
+        table.add_column(heading, ratio=1, overflow="fold")
     for item, answer in zip(prompts, answers, strict=True):
         table.add_row(*(Text(text) for text in (item["prompt"], answer["base"], answer["adapter"])))
     console.print(table)
@@ -167,6 +164,15 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
         raise typer.Exit(1)
     body: dict[str, Any] = response.json()
     return body
+
+
+def _quickest_dtype() -> str:
+    """bf16 takes two thirds of the time on processors that multiply it, and much longer on those that do not."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii")
+    except OSError:
+        return "auto"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "auto"
 
 
 def _free_port() -> int:
