@@ -49,6 +49,8 @@ class Settings(BaseSettings):
     cancel_grace_seconds: float = Field(default=30, gt=0, description="from a cancel to SIGKILL of its process")
     drain_grace_seconds: float = Field(default=120, gt=0, description="time a stopping worker has for its checkpoint")
 
+    alive_file: Path | None = Field(default=None, description="touched while the sweep goes round, for health checks")
+
     max_upload_bytes: int = Field(default=512 << 20, gt=0)
     max_dataset_rows: int = Field(default=10_000_000, gt=0)
     max_body_bytes: int = Field(default=1 << 20, gt=0, description="of a JSON request")

@@ -54,6 +54,8 @@ class Sweep:
     def _loop(self) -> None:
         next_sweep = 0.0
         while not self._stopping.is_set():
+            if self._settings.alive_file is not None:
+                self._settings.alive_file.touch()
             if time.monotonic() >= next_sweep:
                 self.once()
                 next_sweep = time.monotonic() + self._settings.sweep_seconds * random.uniform(0.8, 1.2)  # noqa: S311
