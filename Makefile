@@ -22,7 +22,7 @@ demo: $(READY) ## train an adapter on this machine and show the answers before a
 test: export OMP_NUM_THREADS = 1
 test: export OPENBLAS_NUM_THREADS = 1
 test: check ## run every check and all tests, one process a core
-	@$(BIN)/pytest -n auto
+	@$(BIN)/pytest -n auto --dist loadscope
 
 check: $(READY) ## lint, format, types, imports, migrations, compose file
 	@$(BIN)/ruff check .

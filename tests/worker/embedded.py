@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,18 @@ class Embedded:
     def ended(self, job_id: str) -> dict[str, Any]:
         return self.until(job_id, lambda job: job["status"] in ("succeeded", "failed", "cancelled"))
 
-    def pid(self, *words: str) -> int:
+    def find(self, *words: str) -> int | None:
         """The process of this tree whose command line has all the words."""
-        assert self.process is not None
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            line = " ".join(process.cmdline())
-            if all(word in line for word in words):
-                return process.pid
-        raise LookupError(words)
+        for process in self.tree():
+            with suppress(psutil.NoSuchProcess):
+                if all(word in " ".join(process.cmdline()) for word in words):
+                    return process.pid
+        return None
+
+    def pid(self, *words: str) -> int:
+        pid = self.find(*words)
+        assert pid is not None, words
+        return pid
 
     def tree(self) -> list[psutil.Process]:
         assert self.process is not None
