@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from service import queue
 from service.api import adapters, base_models, datasets, health, jobs
@@ -25,7 +26,8 @@ Every request but the health checks carries `Authorization: Bearer luthier_…`.
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application behind `luthier api`. Nothing is opened before it starts."""
     known = settings or Settings()
-    app = FastAPI(
+    # Its pages come with their scripts: the plain ones load them from other people's servers.
+    app = FastAPIOffline(
         title="Luthier",
         version=version("luthier"),
         description=_DESCRIPTION,

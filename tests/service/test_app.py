@@ -1,5 +1,6 @@
 """The process that serves HTTP: what it imports, what it answers to its own faults, what uploads cost it."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -179,3 +180,12 @@ def test_lengths_that_contradict_themselves_are_no_requests(sqlite_site: Site, h
         connection.settimeout(10)
         answer = connection.recv(1000)
     assert answer[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 401")
+
+
+def test_the_documentation_page_loads_nothing_from_elsewhere(sqlite_site: Site) -> None:
+    client = sqlite_site.client()
+    page = client.get("/docs")
+    assert page.status_code == 200
+    links = re.findall(r"""(?:src|href)=["']([^"']+)""", page.text)
+    assert any(link.endswith(".js") for link in links)
+    assert all(link.startswith("/") and client.get(link).status_code == 200 for link in links)
