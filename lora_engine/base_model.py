@@ -6,7 +6,7 @@ is never run.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine import strict_json
@@ -92,18 +94,35 @@ def load(
 
 
 def describe(folder: Path) -> Description:
-    """Read the architecture off the config; no tensor is loaded.
+    """Read the architecture off the config, and from the files' headers whether they fit it; no tensor is loaded.
 
     Raises:
         BaseModelError: as `load`.
     """
     model = _skeleton(folder, torch.float32)
+    if any(folder.glob("*.safetensors")):
+        _check_names(model, folder)
     return Description(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         context_length=context_length(model),
         modules=linear_modules(model),
     )
+
+
+def _check_names(model: Any, folder: Path) -> None:
+    expected, renamings = model.state_dict(), _renamings(model)
+    stored: set[str] = set()
+    for path in _shards(folder):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                stored |= set(shard.keys())
+        except (OSError, SafetensorError) as error:
+            raise BaseModelError(f"{path.name} cannot be read: {error}") from None
+    known = {_name_in_model(name, expected, model.base_model_prefix, renamings) for name in stored}
+    tied = set(model.all_tied_weights_keys)
+    if missing := set(expected) - known - tied:
+        raise BaseModelError(f"tensors missing: {_some(missing)}")
 
 
 def context_length(model: Any) -> int | None:
@@ -160,13 +179,15 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     values = _read_json(folder / "config.json")
     if "auto_map" in values:
         raise BaseModelError("the model needs code of its own (auto_map in config.json), which is never run")
+    if "/" in str(values.get("attn_implementation", values.get("_attn_implementation", ""))):
+        raise BaseModelError("the config asks for an attention kernel from elsewhere, which is never loaded")
     if values.get("quantization_config"):
         raise BaseModelError("the weights are quantised already; use the model's original weights")
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a config that does not fit together fails in ways of its own
         raise BaseModelError(f"not a causal language model that transformers knows: {error}") from error
 
 
@@ -184,10 +205,12 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    names = set(_read_json(index).get("weight_map", {}).values())
-    if any(not isinstance(name, str) or "/" in name or "\\" in name for name in names):
-        raise BaseModelError("model.safetensors.index.json names files outside its folder")
-    return [folder / name for name in sorted(names)]
+    weight_map = _read_json(index).get("weight_map")
+    names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    # Other names would escape the folder, or the hashes that pin it.
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+        raise BaseModelError("model.safetensors.index.json: it names files outside its folder, or no safetensors")
+    return [folder / name for name in sorted(set(names))]
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -204,8 +227,9 @@ def _fill(model: Any, folder: Path, device: torch.device, dtype: torch.dtype, qu
     expected = model.state_dict()
     head = model.get_output_embeddings()
     missing, unexpected = set(expected), []
+    renamings = _renamings(model)
     for stored_name, tensor in _tensors(folder):
-        name = _name_in_model(stored_name, expected, model.base_model_prefix)
+        name = _name_in_model(stored_name, expected, model.base_model_prefix, renamings)
         if name is None:
             unexpected.append(stored_name)
             continue
@@ -228,9 +252,28 @@ def _fill(model: Any, folder: Path, device: torch.device, dtype: torch.dtype, qu
         raise BaseModelError(f"tensors missing: {_some(missing)}; not in the architecture: {_some(unexpected)}")
 
 
-def _name_in_model(name: str, expected: dict[str, Tensor], prefix: str) -> str | None:
+def _renamings(model: Any) -> list[WeightRenaming]:
+    """What transformers renames in the files of this architecture.
+
+    Raises:
+        BaseModelError: it also computes tensors anew (fused experts), which is not done here.
+    """
+    transforms = get_model_conversion_mapping(model)
+    if any(isinstance(transform, WeightConverter) for transform in transforms):
+        raise BaseModelError(
+            f"{type(model).__name__}: its files hold experts that have to be fused, which is not supported"
+        )
+    return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+
+
+def _name_in_model(
+    name: str, expected: dict[str, Tensor], prefix: str, renamings: Sequence[WeightRenaming]
+) -> str | None:
     """Checkpoints of a bare trunk leave the prefix out ("h.0.…"); those of a headed model have it."""
-    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    renamed = name
+    for renaming in renamings:
+        renamed = renaming.rename_source_key(renamed)[0]
+    candidates = (name, renamed, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
     return next((candidate for candidate in candidates if candidate in expected), None)
 
 
@@ -254,13 +297,21 @@ def _rebuild_buffers(model: Any, device: torch.device) -> None:
     """Compute what is in no file: rotary frequencies, masks. transformers' own initialisation knows how."""
     for module in model.modules():
         module._is_hf_initialized = True
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        if buffer.is_meta:
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            owner._buffers[leaf] = torch.empty_like(buffer, device=device)
-            owner._is_hf_initialized = False
+    rebuilt = {name: buffer for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta}
+    for name, buffer in rebuilt.items():
+        path, _, leaf = name.rpartition(".")
+        # NaN where it fits: what nobody fills must not pass for a value.
+        fill = float("nan") if buffer.is_floating_point() else 0
+        model.get_submodule(path)._buffers[leaf] = torch.full_like(buffer, fill, device=device)
+        parts = path.split(".")
+        # Some buffers are filled by a module further up. Loaded tensors carry a mark of their own.
+        for depth in range(len(parts) + 1):
+            model.get_submodule(".".join(parts[:depth]))._is_hf_initialized = False
     model.initialize_weights()
+    buffers = dict(model.named_buffers())
+    empty = [name for name in rebuilt if buffers[name].is_floating_point() and buffers[name].isnan().any()]
+    if empty:
+        raise BaseModelError(f"transformers does not say how to compute the buffers {_some(empty)}")
 
 
 def _some(names: Any) -> str:

@@ -15,6 +15,8 @@ from lora_engine.examples import Conversation, Example, Instruction, Message, Pr
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
 )
+# Templates that print today's date would make the tokens of a job depend on when it runs.
+_FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 _PAIRED = ", paired with an input that provides further context"
 
 
@@ -61,7 +63,10 @@ def stop_ids(tokenizer: Any) -> set[int]:
     ends = {tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:
         turn = [Message("user", "a", False), Message("assistant", "b", True)]
-        tokens = _conversation(tokenizer, turn)
+        try:
+            tokens = _conversation(tokenizer, turn)
+        except DataError:
+            return ends  # a template that nothing can be trained with; its texts end with the tokenizer's own token
         ends.add(max(index_and_id for index_and_id in enumerate(tokens.ids) if tokens.trained[index_and_id[0]])[1])
     return ends
 
@@ -79,7 +84,12 @@ def render(tokenizer: Any, messages: Sequence[Message | Mapping[str, str]], *, p
         for message in messages
     ]
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+        text: str = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
+        )
     except Exception as error:  # a template is a program: it raises what it likes
         raise DataError(f"the base model's chat template refuses the conversation: {error}") from error
     return text

@@ -40,7 +40,8 @@ def save(parent: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
             for name in (_STATE, _TENSORS)
         }
         _write_json(temporary / _MANIFEST, {"files": files})
-    for old in existing(parent)[:-KEPT]:
+    # Those of later steps are of another run: this one's are never the ones to go.
+    for old in [path for path in existing(parent) if path.name <= folder.name][:-KEPT]:
         shutil.rmtree(old)
     return folder
 

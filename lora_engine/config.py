@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1024
+MAX_STACK_RANK = 4096
 _MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 
 

@@ -79,8 +79,11 @@ def read(path: Path, tokenizer: Any, sequence_length: int) -> Dataset:
     truncated = dropped = 0
     try:
         with path.open("rb") as stream:
-            for number, example in enumerate(read_examples(stream)):
-                tokens = chat.tokenize(tokenizer, example)
+            for number, (line, example) in enumerate(read_examples(stream)):
+                try:
+                    tokens = chat.tokenize(tokenizer, example)
+                except DataError as error:
+                    raise DataError(f"line {line}: {error.message}", line=line) from error
                 truncated += len(tokens.ids) > sequence_length
                 trained = torch.tensor(tokens.trained[:sequence_length], dtype=torch.bool)
                 if trained.any():

@@ -16,6 +16,7 @@ from lora_engine import strict_json
 from lora_engine.errors import DataError
 
 MAX_LINE_BYTES = 1 << 20
+MAX_MESSAGES = 256  # every answer is rendered with all that came before it
 Role = Literal["system", "user", "assistant"]
 _ROLES = ("system", "user", "assistant")
 
@@ -75,15 +76,15 @@ def parse_line(line: bytes, number: int) -> Example:
     return _parse_row(row, number)
 
 
-def read_examples(lines: Iterable[bytes]) -> Iterator[Example]:
-    """All examples of a JSONL file; blank lines are passed over.
+def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example]]:
+    """All examples of a JSONL file, each with the number of its line; blank lines are passed over.
 
     Raises:
         DataError: at the first line that cannot be used.
     """
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield parse_line(line, number)
+            yield number, parse_line(line, number)
 
 
 def _parse_row(row: Mapping[str, Any], line: int) -> Example:
@@ -110,8 +111,8 @@ def _parse_row(row: Mapping[str, Any], line: int) -> Example:
 
 
 def _messages(value: Any, line: int) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise _fault(line, "messages", "expected a non-empty array of messages")
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
+        raise _fault(line, "messages", f"expected an array of 1 to {MAX_MESSAGES} messages; split longer conversations")
     messages = tuple(_message(item, index, line) for index, item in enumerate(value))
     for index, message in enumerate(messages):
         if message.role == "system" and index:

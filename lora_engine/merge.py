@@ -20,7 +20,7 @@ import torch
 from lora_engine import adapter
 from lora_engine.adapter import Adapter, LoraWeights
 from lora_engine.adapter_header import Header, inspect, targets
-from lora_engine.config import MergeSpec
+from lora_engine.config import MAX_STACK_RANK, MergeSpec
 from lora_engine.errors import AdapterError, SpecError
 
 
@@ -48,6 +48,8 @@ def stack(spec: MergeSpec) -> dict[str, Any]:
         raise SpecError("adapters: every weight is 0, or weights of the same adapter cancel out", field="adapters")
     modules = _modules(used)
     rank = max(sum(source.header.modules[module].rank for source in parts) for module, parts in modules.items())
+    if rank > MAX_STACK_RANK:
+        raise SpecError(f"adapters: the ranks add up to {rank}; a stack has at most {MAX_STACK_RANK}", field="adapters")
     stacked = Adapter(
         weights={module: _stacked(module, parts, rank) for module, parts in modules.items()},
         rank=rank,

@@ -68,12 +68,19 @@ def parse(config: Any) -> Settings:
     return Settings(
         rank=_positive_int(config.get("r"), "r"),
         alpha=_number(config.get("lora_alpha"), "lora_alpha"),
-        use_rslora=config.get("use_rslora") is True,
+        use_rslora=_flag(config, "use_rslora"),
         rank_pattern=_mapping(config, "rank_pattern"),
         alpha_pattern=_mapping(config, "alpha_pattern"),
         base_model_name=str(config.get("base_model_name_or_path") or ""),
         target_modules=_targets(config),
     )
+
+
+def _flag(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name, False)
+    if value not in (True, False, None) or not isinstance(value, bool | None):
+        raise AdapterError(f"adapter_config.json: {name} is {value!r}, expected true or false")
+    return bool(value)
 
 
 def portable(rank: int, alpha: int, base_model_name: str, target_modules: list[str]) -> dict[str, Any]:

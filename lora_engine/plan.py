@@ -78,7 +78,7 @@ def make(
     per_epoch = -(-len(training) // config.global_batch)
     resident = base_bytes(base)
     available = resident + available_bytes(base.device)
-    share = max(document.trained_tokens / len(document) for document in training)
+    share = max(document.trained_tokens / len(document) for document in (*training, *validation))
     needed = 0
     for dequantize_once, tokens in _choices(base, longest):
         needed = resident + predicted_bytes(base, modules, trainable_parameters, tokens, share, dequantize_once)

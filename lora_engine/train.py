@@ -100,6 +100,7 @@ class Training:
         data.check_vocabulary((*self._documents, *self._held_out), len(base.model.get_input_embeddings().weight))
         self.plan = plan.make(config, base, modules, trainable, dataset, self._documents, self._held_out)
         self._progress = _Progress()
+        self._order: tuple[int, list[int]] | None = None
         self._adapted = lora.attach(base, spec.lora, config.seed)
         try:
             nf4.dequantize_once(base.model, self.plan.dequantize_once)
@@ -199,9 +200,11 @@ class Training:
 
     def _documents_of(self, step: int) -> list[Document]:
         epoch, index = divmod(step, self.plan.steps_per_epoch)
-        order = data.epoch_order(self._dataset_digest, self.spec.training.seed, epoch, len(self._documents))
+        if self._order is None or self._order[0] != epoch:
+            numbers = data.epoch_order(self._dataset_digest, self.spec.training.seed, epoch, len(self._documents))
+            self._order = (epoch, numbers)
         size = self.spec.training.global_batch
-        return [self._documents[number] for number in order[index * size : (index + 1) * size]]
+        return [self._documents[number] for number in self._order[1][index * size : (index + 1) * size]]
 
     def checkpoint(self) -> Path:
         """Write the state after the last step to `output`/checkpoints; the new folder. Call it between steps."""
@@ -282,5 +285,7 @@ class Training:
     def _fingerprint(self) -> str:
         """Of everything that decides the result; paths do not, as a job may resume on another machine."""
         base = {"base_model": self.spec.base_model_name, "base_digest": self._base.digest}
-        facts = {**base, **self._lineage(), "modules": list(self._adapted.layers)}
+        facts = {**base, "compute_dtype": str(self._base.compute_dtype), **self._lineage()}
+        facts["modules"] = list(self._adapted.layers)
+        del facts["engine"]  # a job that was running goes on after an upgrade
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -67,8 +67,10 @@ class Upload:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        try:
+            self._file.close()  # writes what is buffered, for which there may be no room
+        finally:
+            self._path.unlink(missing_ok=True)
 
     def write(self, chunk: bytes) -> None:
         """Take the next bytes, in pieces of any size.
@@ -133,7 +135,12 @@ def check_name(name: str) -> str:
 
 
 def object_key(dataset_id: str) -> str:
-    return f"datasets/{dataset_id}/data.jsonl"
+    return f"{_prefix(dataset_id)}/data.jsonl"
+
+
+def _prefix(dataset_id: str) -> str:
+    """Everything of a dataset, also what a killed process left half written."""
+    return f"datasets/{dataset_id}"
 
 
 def add(database: Database, storage: Storage, owner_id: str, name: str, received: Received) -> Dataset:
@@ -220,7 +227,7 @@ def sweep_abandoned(database: Database, storage: Storage, settings: Settings) ->
         _discard(database, storage, dataset_id)
         log.warning("removed %s, which was never stored", dataset_id)
     for dataset_id in deleted:
-        storage.delete_prefix(object_key(dataset_id))
+        storage.delete_prefix(_prefix(dataset_id))
         with database.unit_of_work() as session:
             session.execute(update(Dataset).where(Dataset.id == dataset_id).values(purged_at=now()))
 
@@ -232,4 +239,4 @@ def _discard(database: Database, storage: Storage, dataset_id: str) -> None:
         removed = session.execute(gone.returning(Dataset.id)).first()
         kept = session.get(Dataset, dataset_id) is not None
     if removed or not kept:
-        storage.delete_prefix(object_key(dataset_id))
+        storage.delete_prefix(_prefix(dataset_id))

@@ -42,11 +42,14 @@ class Database:
         parsed = make_url(url)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool_size, "max_overflow": 20}
+        options["hide_parameters"] = True  # an error's text goes to the log; the values are people's data
         if self.is_sqlite:
             options["connect_args"] = {"timeout": 10, "check_same_thread": False}
         else:
             # A full pool or a dead server answers 503 soon instead of holding the request.
-            options |= {"pool_timeout": 2, "connect_args": {"connect_timeout": 5}}
+            # The keepalives end a connection whose other side has vanished without a word.
+            alive = {"keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+            options |= {"pool_timeout": 2, "connect_args": {"connect_timeout": 5, **alive}}
         self.engine: Engine = create_engine(parsed, **options)
         if self.is_sqlite:
             event.listen(self.engine, "connect", _configure_sqlite)

@@ -2,10 +2,12 @@
 
 from typing import Any, Literal
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from service.models import Job, JobEvent
+
+MAX_POINTS = 10_000
 
 
 def append(
@@ -36,7 +38,13 @@ def after(session: Session, job_id: str, seq: int, limit: int) -> list[JobEvent]
 
 
 def metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
-    """One point per step and kind. Steps that were repeated after a loss count once, as they ended up."""
-    rows = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics").order_by(JobEvent.seq)
+    """One point per step and kind. Steps that were repeated after a loss count once, as they ended up.
+
+    Of long jobs every n-th point is given, so that there are some ten thousand at the most.
+    """
+    told = (JobEvent.job_id == job_id, JobEvent.type == "metrics")
+    count = session.scalar(select(func.count()).where(*told)) or 0
+    every_nth = JobEvent.seq % (1 + count // MAX_POINTS) == 0
+    rows = select(JobEvent.data).where(*told, every_nth).order_by(JobEvent.seq)
     points = {(data.get("step", 0), "validation_loss" in data): data for data in session.scalars(rows)}
     return [points[key] for key in sorted(points)]

@@ -1,5 +1,6 @@
 """Jobs as their owners see them: submitted, listed, cancelled. What workers do with them is in `leases`."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from sqlalchemy import case, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from lora_engine.config import ALL_LINEAR, LoraConfig, TrainingConfig, to_mapping
+from lora_engine.config import ALL_LINEAR, MAX_STACK_RANK, LoraConfig, TrainingConfig, to_mapping
 from lora_engine.errors import SpecError
 from service import adapters, base_models, datasets, events, queue
 from service.db import now
@@ -70,8 +71,11 @@ class MergeRequest:
         _check_name(self.name)
         if not 1 <= len(self.adapters) <= MAX_SOURCES:
             raise SpecError(f"adapters: expected between 1 and {MAX_SOURCES} adapters", field="adapters")
-        if all(source.weight == 0 for source in self.adapters):
-            raise SpecError("adapters: every weight is 0, which leaves nothing to merge", field="adapters")
+        sums: dict[str, float] = defaultdict(float)
+        for source in self.adapters:
+            sums[source.adapter] += source.weight
+        if not any(sums.values()):
+            raise SpecError("adapters: the weights cancel out, which leaves nothing to merge", field="adapters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,10 @@ def submit_merge(
     def build() -> Job:
         sources = [adapters.get(session, owner_id, source.adapter, keep=True) for source in request.adapters]
         _one_base_model(sources)
+        rank = sum({source.id: source.rank for source in sources}.values())
+        if rank > MAX_STACK_RANK:
+            message = f"adapters: the ranks add up to {rank}; a stack has at most {MAX_STACK_RANK}"
+            raise Invalid(message, param="adapters")
         return Job(
             kind="merge",
             name=request.name or f"merge of {len(sources)}",

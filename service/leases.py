@@ -18,6 +18,7 @@ from service.models import ACTIVE, Adapter, Checkpoint, Job, new_id
 
 MAX_LOSSES = 3  # losses in a row without a newer checkpoint, after which a job fails
 _BACKOFF_SECONDS = 5.0
+_MAX_BACKOFF_SECONDS = 300.0
 
 
 class Fenced(Exception):
@@ -106,15 +107,17 @@ def renew(session: Session, claim: Claim, lease_seconds: float, progress: Progre
     return row.cancel_requested_at is not None
 
 
-def note(session: Session, claim: Claim, message: str, **data: Any) -> None:
-    """An event of this attempt, unless it was fenced."""
+def warn(session: Session, claim: Claim, message: str) -> None:
+    """Tell the owner something about this attempt, unless it was fenced."""
     _change(session, claim, ACTIVE)
-    events.append(session, claim.job_id, message, data=data)
+    events.append(session, claim.job_id, message, level="warn")
 
 
 def add_checkpoint(session: Session, claim: Claim, step: int, prefix: str, manifest_sha256: str) -> None:
     """Record a checkpoint that is uploaded and verified (T6). The object store cannot fence; this row does."""
     _change(session, claim, ("running", "cancelling"), lost_without_progress=0)
+    if session.get(Checkpoint, (claim.job_id, step, claim.epoch)) is not None:
+        return  # committed before, but the answer was lost
     session.add(
         Checkpoint(job_id=claim.job_id, step=step, epoch=claim.epoch, prefix=prefix, manifest_sha256=manifest_sha256)
     )
@@ -149,6 +152,8 @@ def succeed(
     metrics: dict[str, Any],
 ) -> None:
     """Publish (T7): the adapter's row and the job's end in one transaction. A cancel that came first wins."""
+    if session.get(Adapter, adapter_id) is not None:
+        return  # committed before, but the answer was lost
     row = _change(session, claim, ("running",), **_ended("succeeded"), phase=None, eta_seconds=None)
     session.add(
         Adapter(
@@ -177,11 +182,18 @@ def fail(session: Session, claim: Claim, code: str, category: str, message: str)
         events.append(session, claim.job_id, f"Failed: {message}", level="error", data={"code": code})
 
 
-def retry(session: Session, claim: Claim, code: str, message: str) -> None:
-    """The attempt was lost through no fault of the job (T8): queue it again, or fail after too many losses."""
+def retry(session: Session, claim: Claim, code: str, message: str, *, counted: bool = True) -> None:
+    """The attempt was lost through no fault of the job (T8): queue it again, or fail after too many losses.
+
+    An outage of what the worker depends on is not `counted`: the job waits for as long as it takes.
+    """
     row = _change(session, claim, ACTIVE)
     if row.cancel_requested_at is not None:
         cancelled(session, claim)
+    elif not counted:
+        delay = min(_BACKOFF_SECONDS * 2 ** min(claim.attempt - 1, 6), _MAX_BACKOFF_SECONDS)
+        _change(session, claim, ACTIVE, **_requeued(), run_after=now() + delay)
+        events.append(session, claim.job_id, f"Queued again: {message}", level="warn", data={"code": code})
     elif row.lost_without_progress + 1 >= MAX_LOSSES:
         text = f"gave up after {MAX_LOSSES} attempts without progress; the last one: {message}"
         fail(session, claim, code, "platform", text)

@@ -37,6 +37,7 @@ def make_celery(broker_url: str) -> Celery:
         worker_hijack_root_logger=False,
         worker_send_task_events=False,
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # a worker without a broker polls; it does not give up
         # One try: Celery's own would hold up the sweep for six seconds, which comes back by itself.
         broker_transport_options={
             "socket_timeout": 5, "socket_connect_timeout": 5,
@@ -61,7 +62,9 @@ def relay(database: Database, celery: Celery) -> int:
         kombu's OperationalError: the broker does not answer; everything unsent stays.
     """
     with database.reading() as session:
-        messages = session.execute(select(OutboxMessage.id, OutboxMessage.job_id).limit(100)).all()
+        messages = session.execute(
+            select(OutboxMessage.id, OutboxMessage.job_id).order_by(OutboxMessage.id).limit(100)
+        ).all()
     for message in messages:
         send(celery, message.job_id)
         with database.unit_of_work() as session:

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import select, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service import datasets, leases, queue
 from service.db import Database, now
 from service.errors import ServiceError
-from service.models import TERMINAL, Adapter, Job
+from service.models import TERMINAL, Adapter, Job, OutboxMessage
 from service.settings import Settings
 from service.storage import Storage
 
@@ -54,8 +55,7 @@ class Sweep:
     def _loop(self) -> None:
         next_sweep = 0.0
         while not self._stopping.is_set():
-            if self._settings.alive_file is not None:
-                self._settings.alive_file.touch()
+            self._guarded("alive file", self._touch)
             if time.monotonic() >= next_sweep:
                 self.once()
                 next_sweep = time.monotonic() + self._settings.sweep_seconds * random.uniform(0.8, 1.2)  # noqa: S311
@@ -68,9 +68,7 @@ class Sweep:
         """False when the database did not answer."""
         try:
             part()
-        except (DBAPIError, SQLAlchemyError) as error:
-            # After an outage every lease looks expired: healthy workers get one lease's time to renew first.
-            self._quiet_until = time.monotonic() + self._settings.lease_seconds
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
             log.warning("sweep: %s: the database does not answer: %s", name, type(error).__name__)
             return False
         except (BrokerError, ConnectionError, TimeoutError) as error:
@@ -81,11 +79,20 @@ class Sweep:
             log.exception("sweep: %s", name)
         return True
 
+    def _touch(self) -> None:
+        if self._settings.alive_file is not None:
+            self._settings.alive_file.touch()
+
     def _reap(self) -> None:
         if time.monotonic() < self._quiet_until:
             return
-        with self._database.unit_of_work() as session:
-            reaped = leases.reap(session)
+        try:
+            with self._database.unit_of_work() as session:
+                reaped = leases.reap(session)
+        except (OperationalError, InterfaceError, PoolTimeout):
+            # After an outage every lease looks expired: healthy workers get one lease's time to renew first.
+            self._quiet_until = time.monotonic() + self._settings.lease_seconds
+            raise
         for job_id in reaped:
             log.warning("sweep: the lease of %s had run out", job_id)
 
@@ -98,6 +105,7 @@ class Sweep:
             select(Job.id)
             .where(Job.state == "queued", Job.run_after <= now())
             .where(Job.announced_at < now() - self._settings.rewake_seconds)
+            .where(Job.id.not_in(select(OutboxMessage.job_id)))
             .order_by(Job.priority, Job.run_after)
             .limit(100)
         )
@@ -127,15 +135,15 @@ def purge_leftovers(database: Database, storage: Storage, grace_seconds: float) 
     """Remove what ended jobs leave behind: checkpoints, and uploads of attempts that did not win."""
     with database.reading() as session:
         ended = (
-            select(Job.id, Adapter.prefix)
+            select(Job.id, Job.epoch, Adapter.prefix)
             .outerjoin(Adapter, Adapter.job_id == Job.id)
             .where(Job.state.in_(TERMINAL), Job.purged_at.is_(None), Job.finished_at < now() - grace_seconds)
         )
         rows = session.execute(ended.limit(20)).all()
-    for job_id, kept in rows:
+    for job_id, last_epoch, kept in rows:
         storage.delete_prefix(f"jobs/{job_id}")
-        for key in list(storage.keys(f"adapters/{job_id}")):
-            if kept is None or not key.startswith(f"{kept}/"):
-                storage.delete_prefix(key)
+        for prefix in (f"adapters/{job_id}/e{epoch}" for epoch in range(1, last_epoch + 1)):
+            if prefix != kept:
+                storage.delete_prefix(prefix)
         with database.unit_of_work() as session:
             session.execute(update(Job).where(Job.id == job_id).values(purged_at=now()))

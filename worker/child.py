@@ -7,13 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 from worker.channel import News, Stop, decode, encode
 
 log = logging.getLogger(__name__)
-# The host computes on untrusted data: it gets no credentials.
-_SECRET_PREFIXES = ("LUTHIER_", "AWS_", "POSTGRES_", "PG", "REDIS_", "HF_TOKEN")
+# The host computes on untrusted data: it gets what it needs to compute, and no credentials.
+_HANDED_ON = ("PATH", "HOME", "LANG", "LC_", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHON", "LD_", "CUDA", "NVIDIA", "OMP_",
+              "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_", "TRITON_", "XDG_CACHE_HOME", "TOKENIZERS_", "BNB_")  # fmt: skip
+# The kernel kills a child with the *thread* that started it: this one lives as long as the process.
+_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="host starter")
 
 
 class HostDied(Exception):
@@ -29,19 +33,22 @@ class Host:
 
     def __init__(self, device: str, threads: int, inherited: int | None = None) -> None:
         command = [sys.executable, "-m", "worker.host", str(os.getpid()), device, str(threads)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(_SECRET_PREFIXES)}
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)}
         environment["HF_HUB_OFFLINE"] = "1"
-        self._process = subprocess.Popen(
+        self._process = _starter.submit(
+            subprocess.Popen[str],
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
             start_new_session=True,
+            errors="replace",
             pass_fds=() if inherited is None else (inherited,),
-        )
+        ).result()
         self._news: queue.Queue[News | None] = queue.Queue()
         self._idle_since = time.monotonic()
+        self.used = False
         threading.Thread(target=self._listen, args=(self._process.stdout,), name="host news", daemon=True).start()
 
     @property
@@ -59,6 +66,7 @@ class Host:
 
     def order(self, verb: str, **data: Any) -> None:
         """Raises HostDied."""
+        self.used = True
         self._write(verb, data)
 
     def stop(self, how: Stop) -> None:
@@ -92,6 +100,11 @@ class Host:
             raise HostDied(self._process.wait()) from None
 
     def _listen(self, stdout: IO[str]) -> None:
-        for line in stdout:
-            self._news.put(decode(line))
-        self._news.put(None)
+        try:
+            for line in stdout:
+                try:
+                    self._news.put(decode(line))
+                except (ValueError, KeyError, TypeError):  # torn by its death, or printed by a library
+                    log.warning("host: not a message: %.200r", line)
+        finally:
+            self._news.put(None)

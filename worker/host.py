@@ -11,7 +11,10 @@ import signal
 import sys
 from typing import Any
 
-from lora_engine.errors import EngineError, OutOfMemory
+import torch
+from safetensors import SafetensorError
+
+from lora_engine.errors import BaseModelError, EngineError, OutOfMemory
 from worker import merging, training
 from worker.channel import HostChannel, News
 
@@ -36,13 +39,21 @@ def _carry_out(order: News, channel: HostChannel, warm: training.WarmBase) -> No
             training.train(order.data, warm, channel)
         else:
             merging.merge(order.data, channel)
+    except BaseModelError as error:
+        # This machine's files or device are at fault; another worker may do better.
+        channel.send("interrupted", code=error.code, message=error.message)
     except EngineError as error:
         channel.send("failed", **_reason(error))
-    except MemoryError as error:
-        channel.send("failed", **_reason(OutOfMemory(f"the machine ran out of memory: {error}")))
-    except OSError as error:
+    except (MemoryError, torch.OutOfMemoryError):
         log.exception("order %s", order.event)
-        channel.send("interrupted", code="io_error", message=f"{error.strerror or error}")
+        channel.send("failed", **_reason(OutOfMemory("memory ran out; lower sequence_length or the rank, or use nf4")))
+    except (OSError, SafetensorError) as error:
+        log.exception("order %s", order.event)
+        channel.send("interrupted", code="io_error", message=f"{getattr(error, 'strerror', None) or error}")
+    except Exception as error:
+        # Nobody knows what state this process is in now; the next one starts afresh.
+        log.exception("order %s", order.event)
+        channel.send("interrupted", code="internal_error", message=f"{type(error).__name__}: {error}"[:300])
 
 
 def _reason(error: EngineError) -> dict[str, Any]:

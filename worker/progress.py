@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
+from itertools import islice
 from typing import Any, Self
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,6 +16,7 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 _FLUSH_SECONDS = 0.5  # a step of a tiny model takes milliseconds; a commit each would cost more than the step
+_POINTS_AT_ONCE = 200
 _CUT_SECONDS = 600.0  # without a database for longer than this, the work stops
 
 
@@ -67,19 +69,25 @@ class Reporter:
             SQLAlchemyError: the database does not answer; everything is kept for the next time.
         """
         with self._flushing:
-            with self._lock:
-                told, points = dict(self._told), tuple(self._points)
-            with self._database.unit_of_work() as session:
-                progress = Progress(**told, points=points)
-                cancel = leases.renew(session, self._claim, self._settings.lease_seconds, progress)
-            self._renewed = time.monotonic()
-            self.cancel_requested = self.cancel_requested or cancel
-            with self._lock:
-                for _ in points:
-                    self._points.popleft()
-                for name, value in told.items():
-                    if self._told.get(name) == value:
-                        del self._told[name]
+            while self._flush_some():
+                pass
+
+    def _flush_some(self) -> bool:
+        """One short transaction; whether points are left."""
+        with self._lock:
+            told, points = dict(self._told), tuple(islice(self._points, _POINTS_AT_ONCE))
+        with self._database.unit_of_work() as session:
+            progress = Progress(**told, points=points)
+            cancel = leases.renew(session, self._claim, self._settings.lease_seconds, progress)
+        self._renewed = time.monotonic()
+        self.cancel_requested = self.cancel_requested or cancel
+        with self._lock:
+            for _ in points:
+                self._points.popleft()
+            for name, value in told.items():
+                if self._told.get(name) == value:
+                    del self._told[name]
+            return bool(self._points)
 
     def _beat(self) -> None:
         while not self._ending.is_set():

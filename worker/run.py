@@ -2,28 +2,32 @@
 
 import logging
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from service import datasets, leases
+from service import leases
 from service import storage as objects
 from service.db import Database
 from service.errors import ServiceError
 from service.leases import Claim, Fenced
-from service.models import Adapter, AdapterParent, BaseModel, Dataset, Job
 from service.settings import Settings
 from service.storage import ObjectDamaged, ObjectMissing, Storage
-from worker import workspace
+from worker import orders, workspace
 from worker.channel import News
 from worker.child import Host, HostDied
 from worker.progress import Reporter
 
 log = logging.getLogger(__name__)
 _KEPT_CHECKPOINTS = 2  # the older one is for the day on which the newer one's bytes do not verify
+_OUTAGES = ("storage_unavailable", "io_error")  # not the job's doing, and not to be held against it
+_RETRY_SECONDS = 1.0
 _LOOK_SECONDS = 0.2  # how soon a cancel, a drain or a fence is noticed between two messages of the host
 
 
@@ -60,39 +64,73 @@ class Attempt:
     drain: Drain
 
 
-def run_job(attempt: Attempt) -> None:
-    """Bring the attempt to an end, whatever happens. The host is dead afterwards unless it ended its order."""
+def run_job(attempt: Attempt) -> bool:
+    """Bring the attempt to an end, whatever happens. The host is dead afterwards unless it ended its order.
+
+    Returns whether this worker did its part: False when its process, its disk or what it depends on failed.
+    """
     claim = attempt.claim
+    in_order = True
     try:
         with Reporter(attempt.database, claim, attempt.settings) as reporter:
             try:
                 with workspace.workspace(attempt.settings.work_dir, claim) as folder:
                     _work(attempt, reporter, folder)
-            except (Fenced, SQLAlchemyError):
+            except Fenced:
+                _discard(attempt)
+            except SQLAlchemyError:
                 raise
             except Exception as error:  # sorted into reasons, logged, and counted against endless repetition
-                _lose(attempt, error)
-    except Fenced:
-        # A cancel moves the row too; whoever still owns the epoch finishes it.
-        _kill(attempt)
-        try:
-            with attempt.database.unit_of_work() as session:
-                leases.cancelled(session, claim)
-        except Fenced:
-            log.warning("%s: epoch %d was fenced; its work is discarded", claim.job_id, claim.epoch)
+                in_order = False
+                _lose(attempt, reporter, error)
     except SQLAlchemyError:
         # The lease will run out and the reaper will queue the job again.
         log.exception("%s: the database did not take the end of this attempt", claim.job_id)
         _kill(attempt)
+        return False
+    return in_order
 
 
-def _lose(attempt: Attempt, error: Exception) -> None:
+def _lose(attempt: Attempt, reporter: Reporter, error: Exception) -> None:
     """The attempt ended through no fault of the job: it goes back to the queue, counted."""
     _kill(attempt)
     code, message = _reason(error)
     log.warning("%s: attempt lost: %s", attempt.claim.job_id, message, exc_info=error)
-    with attempt.database.unit_of_work() as session:
-        leases.retry(session, attempt.claim, code, message)
+    counted = code not in _OUTAGES
+    try:
+        _commit(attempt, reporter, lambda session: leases.retry(session, attempt.claim, code, message, counted=counted))
+    except Fenced:
+        _discard(attempt)
+
+
+def _discard(attempt: Attempt) -> None:
+    """The row has moved on. If that was a cancel, whoever still owns the epoch finishes it."""
+    _kill(attempt)
+    try:
+        with attempt.database.unit_of_work() as session:
+            leases.cancelled(session, attempt.claim)
+    except Fenced:
+        log.warning("%s: epoch %d was fenced; its work is discarded", attempt.claim.job_id, attempt.claim.epoch)
+
+
+def _commit(attempt: Attempt, reporter: Reporter, change: Callable[[Session], None]) -> None:
+    """Make a change of this attempt, however often the database has to be asked: the work it tells of is done.
+
+    Raises:
+        Fenced: the job is no longer this attempt's.
+        SQLAlchemyError: the database has not answered for too long.
+    """
+    while True:
+        try:
+            with attempt.database.unit_of_work() as session:
+                change(session)
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            if reporter.cut_off:
+                raise
+            log.warning("%s: the database does not answer: %s", attempt.claim.job_id, type(error).__name__)
+            time.sleep(_RETRY_SECONDS)
+        else:
+            return
 
 
 def _reason(error: Exception) -> tuple[str, str]:
@@ -113,11 +151,8 @@ def _reason(error: Exception) -> tuple[str, str]:
 
 def _work(attempt: Attempt, reporter: Reporter, folder: Path) -> None:
     reporter.tell(phase="fetching files")
-    with attempt.database.unit_of_work() as session:
-        leases.start(session, attempt.claim)
-    with attempt.database.reading() as session:
-        job = session.get_one(Job, attempt.claim.job_id)
-        verb, order = (_train_order if job.kind == "train" else _merge_order)(session, attempt, job, folder)
+    _commit(attempt, reporter, lambda session: leases.start(session, attempt.claim))
+    verb, order = orders.prepare(attempt.database, attempt.storage, attempt.claim, folder)
     attempt.host.order(verb, **order)
     listener = _Listener(attempt, reporter)
     while not listener.ended:
@@ -152,6 +187,8 @@ class _Listener:
                 self._checkpoint(news.data["step"], Path(news.data["folder"]))
             case "finished":
                 self._publish(Path(news.data["folder"]), news.data["rank"], news.data["metrics"])
+            case "warning":
+                self._commit(lambda session: leases.warn(session, self._attempt.claim, news.data["message"]))
             case "stopped":
                 self._stopped()
             case "failed":
@@ -192,95 +229,56 @@ class _Listener:
         attempt = self._attempt
         try:
             prefix, manifest = workspace.put_checkpoint(attempt.storage, attempt.claim, step, folder)
-        except FileNotFoundError:
+        except (FileNotFoundError, ObjectMissing):
+            if folder.exists():
+                raise
             log.info("%s: the checkpoint at step %d was superseded before it was stored", attempt.claim.job_id, step)
             return
-        self._reporter.flush()
-        with attempt.database.unit_of_work() as session:
+        superseded: list[str] = []
+
+        def record(session: Session) -> None:
             leases.add_checkpoint(session, attempt.claim, step, prefix, manifest)
-            superseded = leases.forget_checkpoints(session, attempt.claim, _KEPT_CHECKPOINTS)
-        for prefix in superseded:
-            attempt.storage.delete_prefix(prefix)
+            superseded[:] = leases.forget_checkpoints(session, attempt.claim, _KEPT_CHECKPOINTS)
+
+        self._commit(record)
+        for old in superseded:
+            try:
+                attempt.storage.delete_prefix(old)
+            except (ServiceError, OSError) as error:  # the sweep removes it when the job has ended
+                log.warning("%s: could not remove %s: %s", attempt.claim.job_id, old, error)
 
     def _publish(self, folder: Path, rank: int, metrics: dict[str, Any]) -> None:
         attempt = self._attempt
         self._reporter.tell(phase="publishing")
         prefix = f"adapters/{attempt.claim.job_id}/e{attempt.claim.epoch}"
         files = objects.put_folder(attempt.storage, prefix, folder)
-        self._reporter.flush()
-        with attempt.database.unit_of_work() as session:
-            leases.succeed(
-                session,
-                attempt.claim,
-                adapter_id=leases.new_adapter_id(),
-                prefix=prefix,
-                files=files,
-                digest=workspace.folder_digest(files),
-                rank=rank,
-                metrics=metrics,
-            )
+        result: dict[str, Any] = {
+            "adapter_id": leases.new_adapter_id(),
+            "prefix": prefix,
+            "files": files,
+            "digest": workspace.folder_digest(files),
+            "rank": rank,
+            "metrics": metrics,
+        }
+        self._commit(lambda session: leases.succeed(session, attempt.claim, **result))
         self.ended = True
 
     def _stopped(self) -> None:
-        with self._attempt.database.unit_of_work() as session:
-            if self._cancelling:
-                leases.cancelled(session, self._attempt.claim)
-            else:
-                leases.release(session, self._attempt.claim)
+        end = leases.cancelled if self._cancelling else leases.release
+        self._commit(lambda session: end(session, self._attempt.claim))
         self.ended = True
 
     def _failed(self, reason: dict[str, Any]) -> None:
-        self._reporter.flush()
-        with self._attempt.database.unit_of_work() as session:
-            leases.fail(session, self._attempt.claim, reason["code"], reason["category"], reason["message"])
+        claim = self._attempt.claim
+        why = (reason["code"], reason["category"], reason["message"])
+        self._commit(lambda session: leases.fail(session, claim, *why))
         self.ended = True
 
-
-def _train_order(session: Session, attempt: Attempt, job: Job, folder: Path) -> tuple[str, dict[str, Any]]:
-    base = session.get_one(BaseModel, job.base_model_id)
-    spec = {
-        "base_model": base.folder,
-        "base_model_name": base.source,
-        "dataset": str(_fetch_dataset(session, attempt, job.dataset_id, folder)),
-        "validation_dataset": None,
-        "output": str(folder / "output"),
-        **job.spec,
-    }
-    if job.validation_dataset_id is not None:
-        spec["validation_dataset"] = str(_fetch_dataset(session, attempt, job.validation_dataset_id, folder))
-    pinned = {"id": base.id, "folder": base.folder, "digest": base.digest}
-    return "train", {"spec": spec, "base": pinned, "resume": _fetch_newest_checkpoint(session, attempt, folder)}
-
-
-def _merge_order(session: Session, attempt: Attempt, job: Job, folder: Path) -> tuple[str, dict[str, Any]]:
-    sources = []
-    for parent in session.query(AdapterParent).filter_by(job_id=job.id).order_by(AdapterParent.position):
-        source = session.get_one(Adapter, parent.parent_id)
-        path = folder / "sources" / source.id
-        workspace.fetch_adapter(attempt.storage, source.prefix, source.files, path)
-        sources.append({"path": str(path), "weight": parent.weight})
-    spec = {"adapters": sources, "output": str(folder / "adapter"), "method": job.spec["method"]}
-    return "merge", {"spec": spec}
-
-
-def _fetch_dataset(session: Session, attempt: Attempt, dataset_id: str | None, folder: Path) -> Path:
-    dataset = session.get_one(Dataset, dataset_id)
-    path = folder / f"{dataset.id}.jsonl"
-    objects.fetch(attempt.storage, datasets.object_key(dataset.id), path, dataset.sha256)
-    return path
-
-
-def _fetch_newest_checkpoint(session: Session, attempt: Attempt, folder: Path) -> str | None:
-    """The newest checkpoint whose bytes verify; None to start over."""
-    path = folder / "resume"
-    for checkpoint in leases.checkpoints(session, attempt.claim.job_id):
-        try:
-            workspace.fetch_checkpoint(attempt.storage, checkpoint, path)
-        except (ObjectMissing, ObjectDamaged) as error:
-            log.warning("%s: checkpoint %d is unusable: %r", attempt.claim.job_id, checkpoint.step, error)
-            continue
-        return str(path)
-    return None
+    def _commit(self, change: Callable[[Session], None]) -> None:
+        """`change`, after everything that was told before it."""
+        with suppress(OperationalError, InterfaceError, PoolTimeout):  # `change` waits for the database, then
+            self._reporter.flush()
+        _commit(self._attempt, self._reporter, change)
 
 
 def _kill(attempt: Attempt) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service import leases
 from service.db import Database
+from service.errors import ServiceError
 from service.leases import Claim
 from service.settings import Settings
 from service.storage import Storage
@@ -18,6 +19,9 @@ from worker.child import Host
 from worker.device import DeviceLock
 from worker.run import Attempt, Drain, run_job
 
+_TOLERATED_FAILURES = 2
+_PAUSE_SECONDS = 10.0
+_MAX_PAUSE_SECONDS = 300.0
 log = logging.getLogger(__name__)
 
 
@@ -31,6 +35,8 @@ class Supervisor:
         self._host: Host | None = None
         self._busy = threading.Lock()
         self._drain = Drain()
+        self._failures = 0
+        self._pause_until = 0.0
         self._poller = threading.Thread(target=self._poll, name="poll", daemon=True)
 
     def start(self) -> None:
@@ -55,16 +61,30 @@ class Supervisor:
     def work(self) -> None:
         """Run jobs until none can be claimed. A second caller waits for the first, so that hints stay with others."""
         with self._busy:
-            while not self._drain and (claim := self._claim()) is not None:
+            while not self._drain and time.monotonic() >= self._pause_until:
+                host = self._warm_host()  # before the claim: a job is not taken by a worker that cannot start
+                claim = self._claim()
+                if claim is None:
+                    return
                 log.info("%s: %s, epoch %d", claim.job_id, claim.kind, claim.epoch)
-                run_job(Attempt(claim, self._settings, self._database, self._storage, self._warm_host(), self._drain))
+                attempt = Attempt(claim, self._settings, self._database, self._storage, host, self._drain)
+                self._heed(run_job(attempt))
+
+    def _heed(self, in_order: bool) -> None:
+        """A worker that keeps failing must not draw in every job of the queue: it pauses, longer each time."""
+        self._failures = 0 if in_order else self._failures + 1
+        if self._failures > _TOLERATED_FAILURES:
+            pause = min(_PAUSE_SECONDS * 2 ** (self._failures - _TOLERATED_FAILURES), _MAX_PAUSE_SECONDS)
+            self._pause_until = time.monotonic() + pause
+            log.error("%d attempts in a row failed here; no job is taken for %.0f s", self._failures, pause)
 
     def _claim(self) -> Claim | None:
         try:
+            self._storage.check()
             with self._database.unit_of_work() as session:
                 return leases.claim(session, self._worker_id, self._lock.slot, self._settings.lease_seconds)
-        except SQLAlchemyError as error:
-            log.warning("could not look for jobs: %s", type(error).__name__)
+        except (SQLAlchemyError, ServiceError) as error:
+            log.warning("no jobs are taken: %s", error if isinstance(error, ServiceError) else type(error).__name__)
             return None
 
     def _warm_host(self) -> Host:
@@ -73,11 +93,12 @@ class Supervisor:
         return self._host
 
     def _poll(self) -> None:
-        with self._busy:
-            self._warm_host()
         while not self._drain:
-            self.work()
-            self._cool()
+            try:
+                self.work()
+                self._cool()
+            except Exception:  # the thread that ended would leave this worker deaf
+                log.exception("poll")
             self._sleep()
 
     def _sleep(self) -> None:
@@ -91,7 +112,7 @@ class Supervisor:
             return
         try:
             host = self._host
-            if host is not None and host.alive and host.idle_seconds > self._settings.host_idle_seconds:
+            if host is not None and host.alive and host.used and host.idle_seconds > self._settings.host_idle_seconds:
                 host.kill()
         finally:
             self._busy.release()

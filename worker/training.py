@@ -9,7 +9,7 @@ import torch
 from lora_engine import base_files, base_model
 from lora_engine.base_model import BaseModel
 from lora_engine.config import TrainingConfig, TrainSpec, from_mapping
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, CheckpointError
 from lora_engine.train import Training
 from worker.channel import HostChannel
 
@@ -49,6 +49,14 @@ class WarmBase:
         return self._base
 
 
+def _resume(training: Training, folder: Path, channel: HostChannel) -> None:
+    """Go on from a checkpoint; one that the engine refuses costs the steps before it, never the job."""
+    try:
+        training.resume(folder)
+    except CheckpointError as error:
+        channel.send("warning", message=f"Starting over: {error.message}")
+
+
 def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
     """Train to the end, or to a stop. News: phase, planned, step…, checkpoint…, then finished or stopped."""
     spec = from_mapping(TrainSpec, order["spec"])
@@ -56,7 +64,7 @@ def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
     channel.send("phase", phase="preparing examples")
     with Training(spec, base) as training:
         if order["resume"] is not None:
-            training.resume(Path(order["resume"]))
+            _resume(training, Path(order["resume"]), channel)
         channel.send("planned", step=training.step, total_steps=training.plan.steps)
         for step in training.steps():
             channel.send("step", **asdict(step))

@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from lora_engine import base_model
 from lora_engine.base_model import describe, load
 from lora_engine.errors import BaseModelError
-from tests.tiny_model import make_llama_config, make_tiny_gpt2, make_tiny_model
+from tests.tiny_model import make_llama_config, make_tiny_gpt2, make_tiny_model, make_tokenizer
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -149,3 +155,43 @@ def test_unusable_files_are_refused(folder: Path, change: Callable[[Path], objec
 def test_an_impossible_device_is_refused(folder: Path) -> None:
     with pytest.raises(BaseModelError, match="warp:3"):
         load(folder, device="warp:3")
+
+
+def test_tensors_that_transformers_renames_find_their_place(tmp_path: Path) -> None:
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert any(name.startswith("embed_out") for name in load_file(tmp_path / "model.safetensors"))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(load(tmp_path).model(input_ids=IDS).logits, reference(input_ids=IDS).logits)
+
+
+def test_a_buffer_that_its_parent_fills_is_filled(tmp_path: Path) -> None:
+    config = FalconH1Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    FalconH1ForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    reference = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
+    buffers = dict(load(tmp_path).model.named_buffers())
+    assert any("mup_vector" in name for name in buffers)
+    assert all(torch.equal(buffers[name], reference[name]) for name in reference)
+
+
+def test_a_folder_whose_files_do_not_fit_its_config_is_not_described(folder: Path) -> None:
+    describe(folder)
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(BaseModelError, match=r"layers\.1\.mlp\.up_proj"):
+        describe(folder)
+
+
+def test_an_attention_kernel_from_elsewhere_is_refused(folder: Path) -> None:
+    change_config(folder, attn_implementation="somebody/kernel")
+    with pytest.raises(BaseModelError, match="never loaded"):
+        load(folder)

@@ -140,3 +140,16 @@ def test_stop_tokens(tokenizer: Any, plain: Any) -> None:
     other = make_tokenizer()
     other.eos_token = "<|bos|>"
     assert chat.stop_ids(other) == {other.convert_tokens_to_ids("<|bos|>"), other.convert_tokens_to_ids("<|end|>")}
+
+
+def test_the_date_does_not_change_what_is_trained(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dated = make_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S') }}" + tokenizer.chat_template
+    text = chat.render(dated, [{"role": "user", "content": "hi"}], prompt=True)
+    assert text.startswith("26 Jul 2024")
+
+
+def test_a_template_that_nothing_trains_with_can_still_end_a_text(tokenizer: Any) -> None:
+    thinking = make_tokenizer()
+    thinking.chat_template = tokenizer.chat_template.replace("assistant\n' }}", "assistant\n<think>' }}")
+    assert chat.stop_ids(thinking) == {thinking.eos_token_id}

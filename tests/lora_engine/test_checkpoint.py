@@ -80,3 +80,9 @@ def test_restoring_writes_in_place_and_only_what_fits() -> None:
     for other in ({"parameters": torch.zeros(3, 2), "step": torch.zeros(())}, {"parameters": torch.zeros(2, 3)}):
         with pytest.raises(CheckpointError, match="not those of this job"):
             checkpoint.restore(TENSORS, other)
+
+
+def test_checkpoints_of_another_run_do_not_push_out_this_ones(tmp_path: Path) -> None:
+    for step in (8, 10, 2):
+        newest = checkpoint.save(tmp_path, step, {"x": torch.ones(1)}, {})
+    assert newest.is_dir()

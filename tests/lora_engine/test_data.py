@@ -118,3 +118,13 @@ def test_every_document_is_in_exactly_one_micro_batch() -> None:
     assert sorted(number for batch in batches for number in batch.examples.tolist()) == list(range(40))
     assert all(batch.ids.numel() <= 32 for batch in batches)
     assert all(int(batch.predicts.sum()) == len(batch.targets) == 2 * len(batch.examples) for batch in batches)
+
+
+def test_a_row_that_the_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"}, row)
+    with pytest.raises(DataError, match="line 2: the base model's chat template refuses") as refused:
+        data.read(path, tokenizer, 64)
+    assert refused.value.facts["line"] == 2

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from lora_engine import adapter
 from lora_engine.adapter import Adapter, LoraWeights
 from lora_engine.adapter_header import WEIGHTS as FILE
-from lora_engine.config import MergeSpec, WeightedAdapter
+from lora_engine.config import MAX_STACK_RANK, MergeSpec, WeightedAdapter
 from lora_engine.errors import AdapterError, SpecError
 from lora_engine.merge import stack
 from tests.lora_engine import peft_adapters
@@ -160,3 +160,14 @@ def test_every_refusal_comes_before_a_tensor_is_read(tmp_path: Path) -> None:
     save_file(tensors, first / FILE)
     with pytest.raises(AdapterError, match="in one adapter"):
         stack(spec(tmp_path / "out", (first, 1.0), (second, 1.0)))
+
+
+def test_ranks_that_add_up_to_too_much_are_refused(tmp_path: Path) -> None:
+    rank = MAX_STACK_RANK // 2 + 1
+    pairs = []
+    for index in range(2):
+        weights = {"model.x": LoraWeights(torch.full((rank, 2), float(index)), torch.ones(2, rank))}
+        adapter.write(Adapter(weights, rank, 1.0, base_model_name="base"), tmp_path / str(index), lineage={})
+        pairs.append((tmp_path / str(index), 1.0))
+    with pytest.raises(SpecError, match="the ranks add up to 4098"):
+        stack(spec(tmp_path / "out", *pairs))

@@ -366,3 +366,22 @@ def test_documents_beyond_the_models_positions_are_cut(spec: Spec, base: BaseMod
     with Training(job, base) as training:
         assert (training.plan.longest, training.plan.truncated) == (256, 1)
         list(training.steps())
+
+
+def test_a_job_goes_on_after_an_upgrade(spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Training(spec(), base) as training:
+        next(training.steps())
+        checkpoint = training.checkpoint()
+    monkeypatch.setattr("lora_engine.train.version", lambda _: "99.0")
+    with Training(spec(), base) as training:
+        training.resume(checkpoint)
+        assert training.step == 1
+
+
+def test_a_checkpoint_of_another_compute_dtype_is_refused(spec: Spec, base: BaseModel, folder: Path) -> None:
+    with Training(spec(), base) as training:
+        next(training.steps())
+        checkpoint = training.checkpoint()
+    other = base_model.load(folder, digest="abc", compute_dtype="bf16")
+    with Training(spec(), other) as training, pytest.raises(CheckpointError, match="another spec"):
+        training.resume(checkpoint)

@@ -114,7 +114,7 @@ def test_publishing_makes_one_adapter_and_ends_the_job(database: Database) -> No
         publish(session, claim)
 
 
-@pytest.mark.parametrize("act", ["start", "renew", "checkpoint", "succeed", "fail", "retry", "release", "note"])
+@pytest.mark.parametrize("act", ["start", "renew", "checkpoint", "succeed", "fail", "retry", "release", "warn"])
 def test_a_stale_epoch_changes_nothing(database: Database, act: str) -> None:
     rows.add_job(database)
     stale = running(database)
@@ -131,7 +131,7 @@ def test_a_stale_epoch_changes_nothing(database: Database, act: str) -> None:
         "fail": lambda session: leases.fail(session, stale, "c", "user", "m"),
         "retry": lambda session: leases.retry(session, stale, "c", "m"),
         "release": lambda session: leases.release(session, stale),
-        "note": lambda session: leases.note(session, stale, "hello"),
+        "warn": lambda session: leases.warn(session, stale, "hello"),
     }
     with pytest.raises(Fenced), database.unit_of_work() as session:
         actions[act](session)
@@ -231,10 +231,10 @@ def test_events_are_numbered_without_gaps(database: Database) -> None:
     job_id = rows.add_job(database)
     claim = running(database)
     with database.unit_of_work() as session:
-        leases.note(session, claim, "one")
-        leases.note(session, claim, "two")
+        leases.warn(session, claim, "one")
+        leases.warn(session, claim, "two")
     with Session(database.engine) as undone:
-        leases.note(undone, claim, "never")
+        leases.warn(undone, claim, "never")
     with database.unit_of_work() as session:
         publish(session, claim)
     with database.reading() as session:

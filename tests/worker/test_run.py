@@ -2,20 +2,31 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sqlalchemy import update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from service import jobs, leases
 from service.db import now
+from service.errors import Unavailable
 from service.models import Dataset, Job
 from tests.tiny_model import make_tiny_model
 from tests.worker.bench import Bench
 from worker.workspace import remove_abandoned
+
+
+@pytest.fixture(autouse=True)
+def _rested(bench: Bench) -> None:
+    """The tests share a worker; what one of them broke is not to make the next one wait."""
+    bench.supervisor._failures, bench.supervisor._pause_until = 0, 0.0
 
 
 def test_a_job_becomes_a_verified_adapter(bench: Bench, tmp_path: Path) -> None:
@@ -151,7 +162,11 @@ def test_altered_base_files_are_refused(bench: Bench, tmp_path: Path) -> None:
     job_id = bench.submit()
     with bench.database.unit_of_work() as session:
         session.execute(update(Job).where(Job.id == job_id).values(base_model_id="altered"))
-    bench.run()
+    for _ in range(3):  # another worker might have the right files
+        with bench.database.unit_of_work() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(run_after=now()))
+        bench.supervisor._pause_until = 0.0
+        bench.run()
     job = bench.job(job_id)
     assert (job.state, job.error_code, job.error_category) == ("failed", "base_model_unusable", "platform")
     assert "pinned" in str(job.error_message)
@@ -196,3 +211,84 @@ def test_folders_of_dead_workers_are_removed(bench: Bench) -> None:
     (dead / "big").write_bytes(bytes(1000))
     assert remove_abandoned(bench.settings.work_dir) == ["job-0-e1"]
     assert not dead.exists()
+
+
+def test_a_worker_that_keeps_failing_takes_no_more_jobs(bench: Bench, tmp_path: Path) -> None:
+    gone = make_tiny_model(tmp_path / "model", seed=2)
+    bench.add_base_model("gone", gone)
+    shutil.rmtree(gone)
+    broken = [bench.submit() for _ in range(3)]
+    with bench.database.unit_of_work() as session:
+        session.execute(update(Job).where(Job.id.in_(broken)).values(base_model_id="gone"))
+    bench.run()
+    waiting = bench.submit()
+    bench.run()
+    assert bench.job(waiting).attempt == 0
+    bench.supervisor._failures, bench.supervisor._pause_until = 0, 0.0
+    with bench.database.unit_of_work() as session:
+        for job_id in broken:
+            jobs.cancel(session, bench.owner, job_id)
+    bench.run()
+    assert bench.job(waiting).state == "succeeded"
+
+
+def test_an_outage_of_the_store_is_not_held_against_the_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit()
+
+    def down(*_: object) -> None:
+        raise Unavailable("the object store does not answer")
+
+    for attempt in (1, 2, 3, 4):
+        with bench.database.unit_of_work() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(run_after=now()))
+        bench.supervisor._pause_until = 0.0
+        with monkeypatch.context() as outage:
+            outage.setattr(bench.storage, "put_file", down)
+            bench.run()
+        job = bench.job(job_id)
+        assert (job.state, job.attempt, job.lost_without_progress) == ("queued", attempt, 0)
+    with monkeypatch.context() as outage:  # and a store that is known to be away costs no attempt at all
+        outage.setattr(bench.storage, "check", down)
+        bench.run()
+    with bench.database.unit_of_work() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(run_after=now()))
+    bench.supervisor._failures, bench.supervisor._pause_until = 0, 0.0
+    bench.run()
+    assert (bench.job(job_id).state, bench.job(job_id).attempt) == ("succeeded", 5)
+
+
+def test_a_database_that_is_away_for_a_moment_costs_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit()
+    failures = iter((True, True, False))
+    succeed = leases.succeed
+
+    def away(session: Session, claim: leases.Claim, **result: Any) -> None:
+        if next(failures, False):
+            raise OperationalError("UPDATE", {}, Exception("the server closed the connection"))
+        succeed(session, claim, **result)
+
+    monkeypatch.setattr("worker.run._RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "succeed", away)
+    bench.run()
+    assert (bench.job(job_id).state, bench.job(job_id).attempt, bench.adapters(job_id)) == ("succeeded", 1, 1)
+
+
+def test_a_checkpoint_that_the_engine_refuses_costs_steps_and_not_the_job(bench: Bench) -> None:
+    undisturbed = bench.submit(epochs=8)
+    bench.run()
+    job_id = bench.submit(epochs=8, seed=1)
+
+    def kill() -> None:
+        bench.until(job_id, lambda job: job.state == "running" and len(bench.checkpoints(job_id)) == 2)
+        host = bench.supervisor._host
+        assert host is not None
+        os.kill(host.pid, signal.SIGKILL)
+        bench.until(job_id, lambda job: job.state == "queued")
+
+    bench.run_while(kill)
+    with bench.database.unit_of_work() as session:
+        spec = session.get_one(Job, undisturbed).spec
+        session.execute(update(Job).where(Job.id == job_id).values(run_after=now(), spec=spec))
+    bench.run()
+    assert any("Starting over" in message for message in bench.messages(job_id))
+    assert bench.adapter(job_id).digest == bench.adapter(undisturbed).digest
