@@ -42,7 +42,8 @@ def save(parent: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         _write_json(temporary / _MANIFEST, {"files": files})
     # Those of later steps are of another run: this one's are never the ones to go.
     for old in [path for path in existing(parent) if path.name <= folder.name][:-KEPT]:
-        shutil.rmtree(old)
+        # Out of sight first: whoever still reads it finds it whole or gone.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
     return folder
 
 

@@ -1,6 +1,7 @@
 """One attempt at one job: claim → workspace → order → news → publish. The only place that moves a job."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,19 +32,6 @@ _RETRY_SECONDS = 1.0
 _LOOK_SECONDS = 0.2  # how soon a cancel, a drain or a fence is noticed between two messages of the host
 
 
-class Drain:
-    """Set when the worker shall stop; since when, by the monotonic clock."""
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-
-    def begin(self) -> None:
-        self.since = self.since or time.monotonic()
-
-    def __bool__(self) -> bool:
-        return self.since is not None
-
-
 class Interrupted(Exception):
     """The host could not go on, and the job is not to blame."""
 
@@ -54,14 +42,14 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Attempt:
-    """What an attempt works with."""
+    """What an attempt works with; `drain` is set when the worker shall stop."""
 
     claim: Claim
     settings: Settings
     database: Database
     storage: Storage
     host: Host
-    drain: Drain
+    drain: threading.Event
 
 
 def run_job(attempt: Attempt) -> bool:
@@ -186,7 +174,7 @@ class _Listener:
             case "checkpoint":
                 self._checkpoint(news.data["step"], Path(news.data["folder"]))
             case "finished":
-                self._publish(Path(news.data["folder"]), news.data["rank"], news.data["metrics"])
+                self._publish(**news.data)
             case "warning":
                 self._commit(lambda session: leases.warn(session, self._attempt.claim, news.data["message"]))
             case "stopped":
@@ -209,7 +197,7 @@ class _Listener:
             self._cancelling = True
             attempt.host.stop("abandon")
             self._kill_at = time.monotonic() + attempt.settings.cancel_grace_seconds
-        elif (attempt.drain or reporter.cut_off) and self._kill_at is None:
+        elif (attempt.drain.is_set() or reporter.cut_off) and self._kill_at is None:
             attempt.host.stop("checkpoint")
             self._kill_at = time.monotonic() + attempt.settings.drain_grace_seconds
         elif self._kill_at is not None and time.monotonic() > self._kill_at:
@@ -247,16 +235,16 @@ class _Listener:
             except (ServiceError, OSError) as error:  # the sweep removes it when the job has ended
                 log.warning("%s: could not remove %s: %s", attempt.claim.job_id, old, error)
 
-    def _publish(self, folder: Path, rank: int, metrics: dict[str, Any]) -> None:
+    def _publish(self, folder: str, digest: str, rank: int, metrics: dict[str, Any]) -> None:
         attempt = self._attempt
         self._reporter.tell(phase="publishing")
         prefix = f"adapters/{attempt.claim.job_id}/e{attempt.claim.epoch}"
-        files = objects.put_folder(attempt.storage, prefix, folder)
+        files = objects.put_folder(attempt.storage, prefix, Path(folder))
         result: dict[str, Any] = {
             "adapter_id": leases.new_adapter_id(),
             "prefix": prefix,
             "files": files,
-            "digest": workspace.folder_digest(files),
+            "digest": digest,
             "rank": rank,
             "metrics": metrics,
         }

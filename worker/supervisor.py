@@ -17,7 +17,7 @@ from service.storage import Storage
 from worker import workspace
 from worker.child import Host
 from worker.device import DeviceLock
-from worker.run import Attempt, Drain, run_job
+from worker.run import Attempt, run_job
 
 _TOLERATED_FAILURES = 2
 _PAUSE_SECONDS = 10.0
@@ -34,7 +34,7 @@ class Supervisor:
         self._lock = DeviceLock(settings)
         self._host: Host | None = None
         self._busy = threading.Lock()
-        self._drain = Drain()
+        self._drain = threading.Event()
         self._failures = 0
         self._pause_until = 0.0
         self._poller = threading.Thread(target=self._poll, name="poll", daemon=True)
@@ -48,11 +48,11 @@ class Supervisor:
 
     def drain(self) -> None:
         """Take no more jobs; the present one gives back its job after a checkpoint."""
-        self._drain.begin()
+        self._drain.set()
 
     def stop(self) -> None:
         """Wait until the present job is given back, then end the host."""
-        self._drain.begin()
+        self._drain.set()
         with self._busy:
             if self._host is not None and self._host.alive:
                 self._host.kill()
@@ -61,7 +61,7 @@ class Supervisor:
     def work(self) -> None:
         """Run jobs until none can be claimed. A second caller waits for the first, so that hints stay with others."""
         with self._busy:
-            while not self._drain and time.monotonic() >= self._pause_until:
+            while not self._drain.is_set() and time.monotonic() >= self._pause_until:
                 host = self._warm_host()  # before the claim: a job is not taken by a worker that cannot start
                 claim = self._claim()
                 if claim is None:
@@ -93,18 +93,13 @@ class Supervisor:
         return self._host
 
     def _poll(self) -> None:
-        while not self._drain:
+        while not self._drain.is_set():
             try:
                 self.work()
                 self._cool()
             except Exception:  # the thread that ended would leave this worker deaf
                 log.exception("poll")
-            self._sleep()
-
-    def _sleep(self) -> None:
-        until = time.monotonic() + self._settings.poll_seconds
-        while not self._drain and time.monotonic() < until:
-            time.sleep(min(0.2, self._settings.poll_seconds))
+            self._drain.wait(self._settings.poll_seconds)
 
     def _cool(self) -> None:
         """A base model that nobody has asked for in a while gives its memory back."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lora_engine import base_files, base_model
+from lora_engine import adapter, base_files, base_model
 from lora_engine.base_model import BaseModel
 from lora_engine.config import TrainingConfig, TrainSpec, from_mapping
 from lora_engine.errors import BaseModelError, CheckpointError
@@ -76,4 +76,5 @@ def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
                 return
         channel.send("phase", phase="writing adapter")
         metrics = training.finish()
-    channel.send("finished", folder=str(Path(spec.output) / "adapter"), rank=spec.lora.rank, metrics=metrics)
+    folder = Path(spec.output) / "adapter"
+    channel.send("finished", folder=str(folder), digest=adapter.digest(folder), rank=spec.lora.rank, metrics=metrics)

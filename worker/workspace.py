@@ -1,7 +1,6 @@
 """A scratch folder per attempt, and the files that go in and out of it."""
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 from service import storage as objects
 from service.leases import Claim
 from service.models import Checkpoint
-from service.storage import ObjectDamaged, ObjectMissing, Storage
+from service.storage import Storage
 
 MANIFEST = "MANIFEST.json"
 _LOCK = ".lock"
@@ -60,11 +59,17 @@ def fetch_adapter(storage: Storage, prefix: str, files: list[dict[str, Any]], fo
 
 
 def put_checkpoint(storage: Storage, claim: Claim, step: int, folder: Path) -> tuple[str, str]:
-    """Upload a checkpoint, its manifest last. Returns the prefix and the manifest's SHA-256."""
+    """Upload a checkpoint, its manifest last. Returns the prefix and the manifest's SHA-256.
+
+    Raises:
+        FileNotFoundError, ObjectMissing: the engine has removed the checkpoint meanwhile, for newer ones.
+    """
     prefix = f"jobs/{claim.job_id}/e{claim.epoch}/s{step}"
-    files = objects.put_folder(storage, prefix, folder, last=MANIFEST)
-    (manifest,) = [file["sha256"] for file in files if file["name"] == MANIFEST]
-    return prefix, str(manifest)
+    named = {MANIFEST, *json.loads((folder / MANIFEST).read_bytes())["files"]}
+    files = {file["name"]: str(file["sha256"]) for file in objects.put_folder(storage, prefix, folder, last=MANIFEST)}
+    if set(files) != named:  # the folder was listed while it went
+        raise FileNotFoundError(f"{folder.name} is not whole any more")
+    return prefix, files[MANIFEST]
 
 
 def fetch_checkpoint(storage: Storage, checkpoint: Checkpoint, folder: Path) -> None:
@@ -78,22 +83,3 @@ def fetch_checkpoint(storage: Storage, checkpoint: Checkpoint, folder: Path) -> 
     manifest = json.loads((folder / MANIFEST).read_bytes())
     for name, file in manifest["files"].items():
         objects.fetch(storage, f"{checkpoint.prefix}/{name}", folder / name, file["sha256"])
-
-
-def folder_digest(files: list[dict[str, Any]]) -> str:
-    """SHA-256 over the names and digests of a folder's files."""
-    lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in sorted(files, key=lambda file: str(file["name"])))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-__all__ = [
-    "MANIFEST",
-    "ObjectDamaged",
-    "ObjectMissing",
-    "fetch_adapter",
-    "fetch_checkpoint",
-    "folder_digest",
-    "put_checkpoint",
-    "remove_abandoned",
-    "workspace",
-]

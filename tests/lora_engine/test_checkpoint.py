@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,18 @@ def test_checkpoints_of_another_run_do_not_push_out_this_ones(tmp_path: Path) ->
     for step in (8, 10, 2):
         newest = checkpoint.save(tmp_path, step, {"x": torch.ones(1)}, {})
     assert newest.is_dir()
+
+
+def test_an_old_checkpoint_is_out_of_sight_before_a_file_of_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def look(path: Path, **_: object) -> None:
+        if path.name.endswith(".old"):
+            seen.append([path.name for path in checkpoint.existing(tmp_path)])
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"x": torch.ones(1)}, {})
+    assert seen == [["step-00000002", "step-00000003"]]

@@ -149,7 +149,8 @@ def test_a_stack_is_an_adapter_with_its_parents(bench: Bench, tmp_path: Path) ->
     bench.run()
     result = bench.adapter(merged)
     assert (bench.job(merged).state, result.kind, result.rank) == ("succeeded", "merge", 6)
-    assert sorted(parent["weight"] for parent in bench.lineage(result)["parents"]) == [-1.5, 0.75]
+    parents = {parent["digest"]: parent["weight"] for parent in bench.lineage(result)["parents"]}
+    assert parents == {sources[0].digest: 0.75, sources[1].digest: -1.5}
     folder = bench.download(result, tmp_path / "merged")
     assert json.loads((folder / "adapter_config.json").read_bytes())["r"] == 6
 
