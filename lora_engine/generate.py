@@ -15,7 +15,7 @@ from lora_engine.adapter import Adapter
 from lora_engine.base_model import BaseModel, context_length, linear_modules
 from lora_engine.errors import AdapterError, SpecError
 from lora_engine.examples import Message, PromptCompletion
-from lora_engine.lora import LoraLinear, Routing, Slot
+from lora_engine.product import LoraLinear, Routing, Slot
 
 
 def generate(

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 from lora_engine import base_model, lora, nf4, optim
 from lora_engine.base_model import BaseModel, describe, linear_modules
 from lora_engine.config import LoraConfig
+from lora_engine.dropout import keep_mask
 from lora_engine.errors import SpecError
-from lora_engine.lora import Adapted, Segment, attach, targets, trainable_parameters
+from lora_engine.lora import Adapted, attach, targets, trainable_parameters
+from lora_engine.product import Segment, Slot
 from tests.tiny_model import make_llama_config, make_tiny_gpt2, make_tiny_model
 
 CONFIG = LoraConfig(rank=4, alpha=12.0, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -173,7 +175,7 @@ def test_each_adapter_of_a_shared_pass_gets_what_it_gets_alone(adapted: Adapted,
     for layer in adapted.layers.values():
         first = layer.slots[0]
         A, B = (torch.randn(factor.shape, generator=generator) * 0.1 for factor in (first.A, first.B))
-        layer.slots[1] = lora.Slot(A.requires_grad_(), B.requires_grad_(), 0.7, 0.0, A, B)
+        layer.slots[1] = Slot(A.requires_grad_(), B.requires_grad_(), 0.7, 0.0, A, B)
 
     def gradients(segments: tuple[Segment, ...], rows: slice) -> tuple[Tensor, list[Tensor]]:
         adapted.routing.segments = segments
@@ -203,7 +205,7 @@ def test_dropout_reaches_the_factors_and_not_the_frozen_product(loaded: BaseMode
     adapted.routing.keys = torch.arange(10) * 7919
     layer(x).sin().sum().backward()
 
-    mask = lora.keep_mask(adapted.routing.keys, layer.index, 64, 0.5, torch.float64)
+    mask = keep_mask(adapted.routing.keys, layer.index, 64, 0.5, torch.float64)
     assert 0.3 < float((mask == 0).double().mean()) < 0.7
     slot = layer.slots[0]
     A, B, twin = (tensor.detach().double().requires_grad_() for tensor in (slot.A, slot.B, x))
