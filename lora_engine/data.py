@@ -61,12 +61,23 @@ class MicroBatch:
         predicts: bool (documents, length); the token after this position is a target.
         targets: int64 (targets), in the order of `predicts`.
         examples: int64 (documents), numbers of the documents in the dataset.
+        tokens: without padding.
     """
 
     ids: Tensor
     predicts: Tensor
     targets: Tensor
     examples: Tensor
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """That are computed, with padding."""
+        return self.ids.numel()
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.targets)
 
 
 def read(path: Path, tokenizer: Any, sequence_length: int) -> Dataset:
@@ -151,7 +162,8 @@ def _padded(documents: Sequence[Document], device: torch.device) -> MicroBatch:
         predicts[row, : len(document) - 1] = document.trained[1:]
     targets = torch.cat([document.ids[document.trained] for document in documents]).long()
     numbers = torch.tensor([document.number for document in documents])
-    return MicroBatch(ids.to(device), predicts.to(device), targets.to(device), numbers.to(device))
+    tokens = sum(len(document) for document in documents)
+    return MicroBatch(ids.to(device), predicts.to(device), targets.to(device), numbers.to(device), tokens)
 
 
 def _random(digest: str, seed: int, purpose: object) -> random.Random:

@@ -1,4 +1,4 @@
-"""The product of one adapted linear layer, forward and backward, for the rows of one or several adapters.
+"""The products of adapted linear layers, forward and backward, for the rows of one or several adapters.
 
     y = W·x + bias + scaling · B · A · dropout(x)          A: rank × in, B: out × rank, W frozen
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.dropout import keep_mask
-from lora_engine.nf4 import NF4Linear
+from lora_engine.nf4 import NF4Linear as QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,190 @@ class Slot:
     b: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where one adapted layer lies in a projection: columns of y and of the hidden h = A·x."""
+
+    slot: Slot
+    outputs: slice
+    ranks: slice
+
+
+@dataclass(frozen=True, slots=True)
+class FactorGradients:
+    """Of one segment: dA of all adapted layers (ranks in all × in), and each layer's dB (out × rank)."""
+
+    parts: tuple[_Part, ...]
+    dA: Tensor
+    dBs: tuple[Tensor, ...]
+
+    def accumulate(self) -> None:
+        """Add to the masters' `grad`."""
+        for part, dB in zip(self.parts, self.dBs, strict=True):
+            assert part.slot.A.grad is not None and part.slot.B.grad is not None  # noqa: S101, PT018 - made by attach
+            part.slot.A.grad.add_(self.dA[part.ranks])
+            part.slot.B.grad.add_(dB)
+
+
+class Projection:
+    """Frozen linear layers that read the same input, with the adapters on them, as one product.
+
+    Their weights lie under one another in one buffer (out of all × in), of which each layer's own weight is a view; a
+    quantised layer that does not keep its dequantised weight is dequantised into `scratch`, which projections share.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], scratch: "Scratch | None" = None) -> None:
+        self._layers = tuple(layers)
+        self._bases = tuple(layer.base if isinstance(layer, LoraLinear) else layer for layer in layers)
+        self._scratch = scratch
+        sizes = [_outputs(base) for base in self._bases]
+        self._slices = [slice(sum(sizes[:index]), sum(sizes[: index + 1])) for index in range(len(sizes))]
+        self.outputs, self._inputs = sum(sizes), _inputs(self._bases[0])
+        self._put_together()
+        self._bias = _fused_bias(self._bases, sizes)
+        self._parts: dict[int, tuple[_Part, ...]] = {}
+
+    @property
+    def adapted(self) -> bool:
+        return any(isinstance(layer, LoraLinear) for layer in self._layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        base = self._bases[0]
+        return base.compute_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype  # type: ignore[return-value]
+
+    def weight(self) -> Tensor:
+        """(out of all × in) in the compute dtype; what lies in `scratch` is valid until its next use."""
+        weights = [_weight(base) for base in self._bases]
+        resident = [weight for weight in weights if weight is not None]
+        if len(resident) == len(weights):
+            return resident[0] if len(resident) == 1 else _under_one_another(resident)
+        first = self._bases[0]
+        if self._scratch is None:
+            assert isinstance(first, QuantizedLinear) and len(self._bases) == 1  # noqa: S101, PT018 - see LoraLinear
+            return first.dequantized()
+        return self._scratch.dequantized(self._bases, self._slices, self._inputs)
+
+    def forward(self, x: Tensor, routing: Routing) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """y (rows × out of all) of x (rows × in), and what `backward` needs beside x."""
+        weight = self.weight()
+        y = x @ weight.t() if self._bias is None else torch.addmm(self._bias, x, weight.t())
+        hidden = []
+        for segment in self._segments(routing):
+            parts, a = self._factors_of(segment.slot)
+            rows = slice(segment.start, segment.stop)
+            h = self._dropped(x, rows, parts, routing.keys) @ a.t()
+            for part in parts:
+                y[rows, part.outputs].addmm_(h[:, part.ranks], part.slot.b.t(), alpha=part.slot.scaling)
+            hidden.append(h)
+        return y, tuple(hidden)
+
+    def backward(
+        self, dy: Tensor, x: Tensor, hidden: Sequence[Tensor], routing: Routing, *, dx_needed: bool = True
+    ) -> tuple[Tensor | None, list[FactorGradients]]:
+        """dx (rows × in), where needed, and the gradients of the factors; none for W."""
+        dx = dy @ self.weight() if dx_needed else None
+        gradients = []
+        for segment, h in zip(self._segments(routing), hidden, strict=True):
+            parts, a = self._factors_of(segment.slot)
+            rows = slice(segment.start, segment.stop)
+            dh = torch.empty_like(h)
+            for part in parts:
+                dh[:, part.ranks] = (dy[rows, part.outputs] @ part.slot.b).mul_(part.slot.scaling)
+            dA = dh.t() @ self._dropped(x, rows, parts, routing.keys)
+            dBs = tuple(
+                (dy[rows, part.outputs].t() @ h[:, part.ranks]).mul_(part.slot.scaling) for part in parts
+            )  # fmt: skip
+            gradients.append(FactorGradients(parts, dA, dBs))
+            if dx is None:
+                continue
+            mask = self._mask(x, rows, parts, routing.keys)
+            if mask is None:
+                dx[rows].addmm_(dh, a)
+            else:
+                dx[rows] += mask * (dh @ a)
+        return dx, gradients
+
+    def _segments(self, routing: Routing) -> list[Segment]:
+        """Those whose slot adapts a layer of this projection."""
+        layers = [layer for layer in self._layers if isinstance(layer, LoraLinear)]
+        return [segment for segment in routing.segments if any(segment.slot in layer.slots for layer in layers)]
+
+    def _mask(self, x: Tensor, rows: slice, parts: tuple[_Part, ...], keys: Tensor | None) -> Tensor | None:
+        dropout = parts[0].slot.dropout
+        if keys is None or not dropout:
+            return None
+        # Layers that read the same input share their index, and so their mask.
+        index = next(layer.index for layer in self._layers if isinstance(layer, LoraLinear))
+        return keep_mask(keys[rows], index, x.shape[1], dropout, x.dtype)
+
+    def _dropped(self, x: Tensor, rows: slice, parts: tuple[_Part, ...], keys: Tensor | None) -> Tensor:
+        mask = self._mask(x, rows, parts, keys)
+        return x[rows] if mask is None else x[rows] * mask
+
+    def _factors_of(self, number: int) -> tuple[tuple[_Part, ...], Tensor]:
+        """Parts of the layers that have slot `number`, and their a's under one another (ranks in all × in)."""
+        if number not in self._parts:
+            found: list[_Part] = []
+            for layer, outputs in zip(self._layers, self._slices, strict=True):
+                if isinstance(layer, LoraLinear) and number in layer.slots:
+                    slot = layer.slots[number]
+                    begin = found[-1].ranks.stop if found else 0
+                    found.append(_Part(slot, outputs, slice(begin, begin + len(slot.a))))
+            self._parts[number] = tuple(found)
+        parts = self._parts[number]
+        return parts, _under_one_another([part.slot.a for part in parts])
+
+    def operations(self, rows: int, *, backward: bool, dx_needed: bool) -> int:
+        """Multiplications and additions for so many rows."""
+        frozen = self._inputs * self.outputs * (2 if backward and dx_needed else 1)
+        adapted = [layer for layer in self._layers if isinstance(layer, LoraLinear)]
+        ranks = sum(len(slot.a) * (self._inputs + len(slot.b)) for layer in adapted for slot in layer.slots.values())
+        return 2 * rows * (frozen + ranks * (3 if backward else 1))
+
+    def keep_dequantized(self, keep: bool) -> None:
+        """Keep the dequantised weights of quantised layers, under one another, or let them go again."""
+        layers = [base for base in self._bases if isinstance(base, QuantizedLinear)]
+        if not keep:
+            for layer in layers:
+                layer.keep_dequantized(None)
+        elif len(layers) == len(self._bases):
+            buffer = torch.empty(self.outputs, layers[0].in_features, dtype=self.dtype, device=layers[0].packed.device)
+            for layer, rows in zip(layers, self._slices, strict=True):
+                layer.keep_dequantized(buffer[rows])
+
+    def _put_together(self) -> None:
+        """Make weights that are not quantised views of one buffer."""
+        if len(self._bases) > 1 and not any(isinstance(base, QuantizedLinear) for base in self._bases):
+            weights: list[Tensor] = [base.weight for base in self._bases]  # type: ignore[misc]
+            fused = _under_one_another([weight.detach() for weight in weights])
+            for weight, rows in zip(weights, self._slices, strict=True):
+                weight.data = fused[rows]
+
+
+class Scratch:
+    """One buffer into which quantised layers are dequantised, one projection at a time."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._buffer = torch.empty(0, device=device, dtype=dtype)
+
+    def dequantized(self, layers: Sequence[nn.Module], rows: Sequence[slice], inputs: int) -> Tensor:
+        """The weights of `layers` under one another, at `rows` (out of all × inputs)."""
+        total = rows[-1].stop * inputs
+        if len(self._buffer) < total:
+            self._buffer = self._buffer.new_empty(total)
+        weight = self._buffer[:total].view(-1, inputs)
+        for layer, own in zip(layers, rows, strict=True):
+            if isinstance(layer, QuantizedLinear):
+                layer.dequantized(weight[own])
+            else:
+                weight[own] = layer.weight  # type: ignore[assignment]
+        return weight
+
+
 class LoraLinear(nn.Module):
-    """A frozen linear layer of any kind with adapter slots; `index` tells layers apart in the dropout hash."""
+    """A frozen linear layer of any kind with adapter slots; `index` tells inputs apart in the dropout hash."""
 
     def __init__(self, base: nn.Module, routing: Routing, index: int) -> None:
         super().__init__()
@@ -60,73 +242,79 @@ class LoraLinear(nn.Module):
         self.routing = routing
         self.index = index
         self.slots: dict[int, Slot] = {}
+        self._projection: Projection | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._projection is None:
+            self._projection = Projection([self])
         segments, keys = self.routing.segments, self.routing.keys
         slots = [self.slots[segment.slot] for segment in segments]
         factors = [factor for slot in slots for factor in (slot.A, slot.B)]
         rows = x.reshape(-1, x.shape[-1])
-        result: Tensor = _AdaptedProduct.apply(rows, self, segments, keys, *factors)  # type: ignore[no-untyped-call]
+        routing = Routing(segments, keys)
+        result: Tensor = _AdaptedProduct.apply(rows, self._projection, routing, *factors)  # type: ignore[no-untyped-call]
         return result.view(*x.shape[:-1], -1)
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """The formula above with gradients for x, A and B, none for W.
+    """`Projection` for autograd, with gradients for x, A and B.
 
     x is kept by reference and the dropped x computed anew from the hash. The fp32 masters are inputs only to receive
     fp32 gradients; the products use the slots' copies in the compute dtype.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layer: LoraLinear, segments: Sequence[Segment], keys: Tensor | None, *_masters: Tensor
-    ) -> Tensor:
-        y: Tensor = layer.base(x)
-        hidden = []
-        for segment in segments:
-            rows, slot = slice(segment.start, segment.stop), layer.slots[segment.slot]
-            h = (_dropped(x, rows, layer, slot, keys) @ slot.a.t()).mul_(slot.scaling)
-            y[rows].addmm_(h, slot.b.t())
-            hidden.append(h)
-        ctx.layer, ctx.segments, ctx.keys = layer, segments, keys
+    def forward(ctx: Any, x: Tensor, projection: Projection, routing: Routing, *_masters: Tensor) -> Tensor:
+        y, hidden = projection.forward(x, routing)
+        ctx.projection, ctx.routing = projection, routing
         ctx.save_for_backward(x, *hidden)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, *hidden = ctx.saved_tensors
-        layer: LoraLinear = ctx.layer
-        dx = _input_gradient(layer.base, gradient) if ctx.needs_input_grad[0] else None
-        factor_gradients: list[Tensor] = []
-        for segment, h in zip(ctx.segments, hidden, strict=True):
-            rows, slot = slice(segment.start, segment.stop), layer.slots[segment.slot]
-            dy = gradient[rows]
-            dh = (dy @ slot.b).mul_(slot.scaling)
-            dA = dh.t() @ _dropped(x, rows, layer, slot, ctx.keys)
-            factor_gradients += [dA.float(), (dy.t() @ h).float()]
-            if dx is None:
-                continue
-            mask = _mask(x, rows, layer, slot, ctx.keys)
-            if mask is None:
-                dx[rows].addmm_(dh, slot.a)
-            else:
-                dx[rows] += mask * (dh @ slot.a)
-        return dx, None, None, None, *factor_gradients
+        projection: Projection = ctx.projection
+        dx, gradients = projection.backward(gradient, x, hidden, ctx.routing, dx_needed=ctx.needs_input_grad[0])
+        factors = [factor.float() for found in gradients for factor in (found.dA, *found.dBs)]
+        return dx, None, None, *factors
 
 
-def _mask(x: Tensor, rows: slice, layer: LoraLinear, slot: Slot, keys: Tensor | None) -> Tensor | None:
-    if keys is None or not slot.dropout:
+def _weight(base: nn.Module) -> Tensor | None:
+    """(out × in), where it lies in memory as such."""
+    if isinstance(base, QuantizedLinear):
+        return base.kept
+    weight: Tensor = base.weight.detach()  # type: ignore[operator,union-attr,assignment]
+    return weight if isinstance(base, nn.Linear) else weight.t()  # transformers' Conv1D keeps in × out
+
+
+def _outputs(base: nn.Module) -> int:
+    if isinstance(base, nn.Linear | QuantizedLinear):
+        return base.out_features
+    return int(base.nf)  # type: ignore[arg-type]  # transformers' Conv1D
+
+
+def _inputs(base: nn.Module) -> int:
+    if isinstance(base, nn.Linear | QuantizedLinear):
+        return base.in_features
+    return int(base.nx)  # type: ignore[arg-type]
+
+
+def _fused_bias(bases: Sequence[nn.Module], sizes: Sequence[int]) -> Tensor | None:
+    if all(base.bias is None for base in bases):
         return None
-    return keep_mask(keys[rows], layer.index, x.shape[1], slot.dropout, x.dtype)
+    some: Tensor = next(base.bias for base in bases if base.bias is not None)  # type: ignore[misc,assignment]
+    parts = [some.new_zeros(size) if base.bias is None else base.bias for base, size in zip(bases, sizes, strict=True)]
+    return torch.cat([part.detach() for part in parts])  # type: ignore[union-attr]
 
 
-def _dropped(x: Tensor, rows: slice, layer: LoraLinear, slot: Slot, keys: Tensor | None) -> Tensor:
-    mask = _mask(x, rows, layer, slot, keys)
-    return x[rows] if mask is None else x[rows] * mask
-
-
-def _input_gradient(base: nn.Module, gradient: Tensor) -> Tensor:
-    if isinstance(base, NF4Linear):
-        return gradient @ base.dequantized()
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    return gradient @ (weight if isinstance(base, nn.Linear) else weight.t())
+def _under_one_another(tensors: Sequence[Tensor]) -> Tensor:
+    """The rows of all `tensors` in one: a view where they lie so in memory already, else a copy."""
+    first = tensors[0]
+    storage, expected = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        together = tensor.untyped_storage().data_ptr() == storage and tensor.data_ptr() == expected
+        if not together or not tensor.is_contiguous():
+            return torch.cat(list(tensors))
+        expected += tensor.nbytes
+    rows = sum(len(tensor) for tensor in tensors)
+    return first.as_strided((rows, first.shape[1]), first.stride())

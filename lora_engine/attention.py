@@ -1,0 +1,125 @@
+"""Attention among the rows of a pack, forward and backward, by batched products.
+
+Scores and their softmax are in fp32 whatever the compute dtype. Where documents are short the probabilities are kept
+for the backward pass, in the compute dtype; where they would outgrow everything else they are computed anew.
+Grouped-query attention: each key head serves `heads / key heads` query heads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_engine.packing import Attention, AttentionGroup
+
+
+# Beyond so many keys, a row's probabilities would take more than what its layer keeps otherwise.
+_KEPT_KEYS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What the scores of a layer depend on.
+
+    Attributes:
+        scaling: of the scores.
+        softcap: scores are squashed into (-softcap, softcap) by tanh (Gemma 2, arXiv 2408.00118); None: they are not.
+        window: a query sees so many tokens up to and with itself; None: all.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, attention: Attention, shape: AttentionShape
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Attended values, like q (query rows, heads, head size), and what to keep; k and v are (rows, key heads, …)."""
+    results, kept = [], []
+    for group in attention.groups:
+        queries, keys, values = _gathered(q, k, v, group)
+        probabilities, _ = _probabilities(queries, keys, group, shape)
+        rounded = probabilities.to(v.dtype)
+        results.append(_by_row(torch.bmm(rounded, values), group, q))
+        kept.append(rounded if keeps_probabilities(group, shape) else None)
+    return torch.cat(results)[attention.slots], tuple(kept)
+
+
+def keeps_probabilities(group: AttentionGroup, shape: AttentionShape) -> bool:
+    """Whether the backward pass of this group finds its probabilities kept."""
+    return group.keys.shape[1] <= _KEPT_KEYS and shape.softcap is None
+
+
+def backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Sequence[Tensor | None],
+    attention: Attention,
+    shape: AttentionShape,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of what `forward` returned, like them in shape and type."""
+    dk, dv = (torch.zeros(tensor.shape, device=k.device) for tensor in (k, v))
+    dqs = []
+    for group, rounded in zip(attention.groups, kept, strict=True):
+        queries, keys, values = _gathered(q, k, v, group)
+        squashed = None
+        if rounded is None:
+            probabilities, squashed = _probabilities(queries, keys, group, shape)
+            rounded = probabilities.to(v.dtype)
+        upstream = _by_key_head(gradient, group.queries, k.shape[1])
+        group.clear_padded(upstream.view(len(group.queries), -1, group.queries.shape[1], upstream.shape[-1]))
+        _add_by_key(dv, torch.bmm(rounded.mT, upstream), group)
+        dp = torch.bmm(upstream, values.mT)
+        ds = torch._softmax_backward_data(dp.float(), rounded.float(), -1, torch.float32)
+        if squashed is not None:
+            ds *= 1 - squashed.square_()
+        ds = ds.mul_(shape.scaling).to(q.dtype)
+        _add_by_key(dk, torch.bmm(ds.mT, queries), group)
+        dqs.append(_by_row(torch.bmm(ds, keys), group, q))
+    return torch.cat(dqs)[attention.slots], dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, group: AttentionGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (segments · key heads, heads of each · queries, head size); keys and values (…, keys, head size)."""
+    heads = k.shape[1]
+    keys, values = (_by_key_head(part, group.keys, heads) for part in (k, v))
+    return _by_key_head(q, group.queries, heads), keys, values
+
+
+def _by_key_head(rows: Tensor, chosen: Tensor, key_heads: int) -> Tensor:
+    segments, length = chosen.shape
+    gathered = rows[chosen].view(segments, length, key_heads, -1, rows.shape[-1])
+    return gathered.permute(0, 2, 3, 1, 4).reshape(segments * key_heads, -1, rows.shape[-1])
+
+
+def _by_row(grouped: Tensor, group: AttentionGroup, q: Tensor) -> Tensor:
+    """(segments · queries, heads, head size), the inverse of how `_gathered` lays queries out."""
+    segments, length = group.queries.shape
+    heads, size = q.shape[1:]
+    laid = grouped.view(segments, -1, heads // (grouped.shape[0] // segments), length, size)
+    return laid.permute(0, 3, 1, 2, 4).reshape(segments * length, heads, size)
+
+
+def _add_by_key(total: Tensor, grouped: Tensor, group: AttentionGroup) -> None:
+    """Add (segments · key heads, keys, head size) to the rows (rows, key heads, head size) they were gathered from."""
+    segments, length = group.keys.shape
+    by_row = grouped.view(segments, -1, length, grouped.shape[-1]).transpose(1, 2).float()
+    total.index_add_(0, group.keys.flatten(), by_row.reshape(segments * length, *total.shape[1:]))
+
+
+def _probabilities(
+    queries: Tensor, keys: Tensor, group: AttentionGroup, shape: AttentionShape
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax of the scores, fp32 (segments · key heads, …, keys), and tanh(scores / softcap) where there is a cap."""
+    scores = torch.bmm(queries.float() * shape.scaling, keys.float().mT)
+    squashed = None
+    if shape.softcap is not None:
+        squashed = (scores / shape.softcap).tanh_()
+        scores = squashed * shape.softcap
+    segments, count = group.queries.shape
+    scores.view(segments, -1, count, keys.shape[1]).add_(group.bias(shape.window))
+    return torch.softmax(scores, -1), squashed

@@ -1,0 +1,145 @@
+"""The fast path: a dense decoder's loss and adapter gradients over a pack, with forward and backward written out.
+
+The modules, weights and rotary frequencies are those of the transformers model; only the order of computation is ours:
+
+- q, k and v are one product, and so are gate and up; normed inputs, scores and the MLP's activation are computed again
+  in the backward pass, so that a layer keeps little more than the outputs of its products,
+- below the lowest adapter nothing is kept and no gradient computed,
+- the last layer computes queries, output projection and MLP for the rows that predict a target, and for no other,
+- the lowest `recomputed` layers above that keep their input alone and run forward again when their gradient is due:
+  the same operations, so the same bits.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.base_model import BaseModel
+from lora_engine.blocks import ACTIVATIONS, RMSNorm
+from lora_engine.dropout import row_keys
+from lora_engine.layer import DecoderLayer, Kept, Rows
+from lora_engine.loss import Head
+from lora_engine.packing import Pack
+from lora_engine.product import Projection, Routing, Scratch
+
+# model_type of the config → whether its norms add 1 to their weight.
+_FAMILIES = {
+    "llama": False,
+    "mistral": False,
+    "qwen2": False,
+    "qwen3": False,
+    "phi3": False,
+    "smollm3": False,
+    "gemma2": True,
+    "gemma3_text": True,
+}
+# Rotary frequencies that do not depend on the longest position of the batch.
+_ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
+
+
+class Decoder:
+    """A base model of one of the dense families, with or without an adapter attached."""
+
+    def __init__(self, base: BaseModel) -> None:
+        model, config = base.model, base.model.config
+        self._trunk = model.get_decoder()
+        self._dtype = base.compute_dtype
+        offset = _FAMILIES[config.model_type]
+        scratch = Scratch(base.device, self._dtype)
+        modules = self._trunk.layers
+        self.layers = [
+            DecoderLayer(
+                module,
+                config,
+                _activation(config),
+                norm_offset=offset,
+                last=index == len(modules) - 1,
+                scratch=scratch,
+            )
+            for index, module in enumerate(modules)
+        ]
+        self._head = Head(
+            RMSNorm(self._trunk.norm, offset=offset),
+            Projection([model.get_output_embeddings()]),
+            getattr(config, "final_logit_softcapping", None),
+        )
+        adapted = [index for index, layer in enumerate(self.layers) if layer.adapted]
+        self.lowest = adapted[0] if adapted else len(self.layers)
+        self.recomputed = 0
+
+    @staticmethod
+    def supports(model: Any) -> bool:
+        """Whether this path computes what `model`, a transformers causal language model, computes."""
+        config = model.config
+        if config.model_type not in _FAMILIES or _activation(config) not in ACTIVATIONS:
+            return False
+        ropes = getattr(config, "rope_parameters", None) or {}
+        nested = [value for value in ropes.values() if isinstance(value, dict)]
+        types = {rope.get("rope_type", "default") for rope in nested or [ropes]}
+        return types <= _ROPE_TYPES and not getattr(config, "use_bidirectional_attention", False)
+
+    @property
+    def projections(self) -> list[Projection]:
+        """Of all layers, in order; the head is not among them."""
+        return [projection for layer in self.layers for projection in layer.projections]
+
+    @torch.no_grad()
+    def gradients(self, pack: Pack, divisor: float, dropout: tuple[int, int] | None = None) -> Tensor:
+        """Accumulate the adapter's gradients of (summed loss / divisor); that loss, a scalar in fp32.
+
+        `dropout` is (seed, step) of the masks; None switches them off.
+        """
+        rows = self._rows(pack, dropout)
+        x = self._trunk.embed_tokens(pack.ids[None])[0].float()
+        kept: dict[int, Kept] = {}
+        for index, layer in enumerate(self.layers):
+            recomputed = 0 <= index - self.lowest < self.recomputed
+            own = Kept(input=x.clone()) if recomputed else None
+            x, found = layer.forward(x, rows, self._dtype)
+            if index >= self.lowest:
+                kept[index] = own or found
+            del found
+        loss, gradient = self._head.gradients(x, rows, divisor, needed=self.lowest < len(self.layers))
+        for index in reversed(range(self.lowest, len(self.layers))):
+            if gradient is None:
+                break
+            needed = index > self.lowest
+            gradient = self.layers[index].backward(gradient, kept.pop(index), rows, self._dtype, needed=needed)
+        return loss
+
+    @torch.no_grad()
+    def loss(self, pack: Pack) -> Tensor:
+        """Summed loss of the targets without dropout, a scalar in fp32."""
+        rows = self._rows(pack, None)
+        x = self._trunk.embed_tokens(pack.ids[None])[0].float()
+        for layer in self.layers:
+            x, _ = layer.forward(x, rows, self._dtype)
+        return self._head.loss(x, rows)
+
+    def operations(self, pack: Pack) -> int:
+        """Multiplications and additions that forward and backward need; recomputed ones are not counted."""
+        total = self._head.operations(pack, backward=True, dx_needed=self.lowest < len(self.layers))
+        for index, layer in enumerate(self.layers):
+            total += layer.operations(pack, backward=index >= self.lowest, dx_needed=index > self.lowest)
+        return total
+
+    def _rows(self, pack: Pack, dropout: tuple[int, int] | None) -> Rows:
+        keys = None if dropout is None else row_keys(*dropout, pack.examples, pack.positions)
+        target_keys = None if keys is None else keys[pack.predicts]
+        return Rows(pack, Routing(keys=keys), Routing(keys=target_keys), self._rotary(pack.positions))
+
+    def _rotary(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        like = torch.empty(0, dtype=self._dtype, device=positions.device)
+        embedding, config = self._trunk.rotary_emb, self._trunk.config
+        if config.model_type == "gemma3_text":
+            types = set(config.layer_types)
+            found = {name: embedding(like, positions[None], name) for name in types}
+        else:
+            found = {None: embedding(like, positions[None])}
+        # Both halves of a head turn by the same angles.
+        return {name: tuple(part[0, :, None, : part.shape[-1] // 2] for part in pair) for name, pair in found.items()}  # type: ignore[misc]
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", ""))
