@@ -1,6 +1,7 @@
 """The engine alone, without the service.
 
-    python -m lora_engine train spec.json [--resume]     progress to stderr, metrics as JSON to stdout
+    python -m lora_engine train spec.json [--resume]     progress to stderr, metrics as JSON to stdout;
+                                                         the curves in output/adapter/curves.svg
     python -m lora_engine plan spec.json                 what the job would do and need, as JSON
     python -m lora_engine describe FOLDER                architecture and linear layers of a base model, as JSON
     python -m lora_engine merge spec.json                several adapters into one; its rank and parents, as JSON
@@ -16,12 +17,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_engine import strict_json
 from lora_engine.config import MergeSpec, TrainSpec, from_mapping, to_mapping
-from lora_engine.errors import CheckpointError, EngineError, SpecError
+from lora_engine.errors import AdapterError, CheckpointError, Diverged, EngineError, SpecError
+from lora_engine.progress import Progress
 
 Spec = TypeVar("Spec")
 
@@ -46,15 +49,19 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     with Training(spec, _load(spec)) as training:
         if options.resume:
             _resume(training, Path(spec.output) / "checkpoints")
-        for step in training.steps():
-            validation = "" if step.validation_loss is None else f"  validation loss {step.validation_loss:.4f}"
-            print(
-                f"step {step.step}/{step.total_steps}  loss {step.loss:.4f}  rate {step.learning_rate:.2e}  "
-                f"{step.seconds:.2f} s{validation}",
-                file=sys.stderr,
-            )
-            if step.checkpoint_due:
-                training.checkpoint()
+        progress = Progress(sys.stderr)
+        try:
+            for step in training.steps():
+                progress.tell(step)
+                if step.checkpoint_due:
+                    training.checkpoint()
+        except Diverged:
+            if training.history.points:  # a step was taken: what it has learnt is kept
+                with suppress(AdapterError):
+                    training.finish()
+            raise
+        finally:
+            progress.close()
         return training.finish()
 
 

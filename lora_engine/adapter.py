@@ -5,7 +5,7 @@
     README.md                   the model card
     lineage.json                base model's name and digest, and how the adapter came to be
 
-Same adapter, same bytes: no time stamps, keys sorted.
+Same adapter, same bytes: no time stamps, keys in an order of their own.
 """
 
 import hashlib
@@ -113,8 +113,10 @@ def read(folder: Path) -> Adapter:
     )
 
 
-def write(adapter: Adapter, folder: Path, *, lineage: Mapping[str, Any]) -> None:
-    """Write the `portable` form of an adapter; the folder appears whole or not at all.
+def write(
+    adapter: Adapter, folder: Path, *, lineage: Mapping[str, Any], files: Mapping[str, str] | None = None
+) -> None:
+    """Write the `portable` form of an adapter, and `files` (texts by name) beside it; all of it appears, or nothing.
 
     Raises:
         AdapterError: no weights, factors that do not fit each other, values that are not finite.
@@ -138,6 +140,8 @@ def write(adapter: Adapter, folder: Path, *, lineage: Mapping[str, Any]) -> None
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(_dump_json(config), encoding="utf-8")
         (temporary / LINEAGE).write_text(_dump_json(facts), encoding="utf-8")
+        for extra, text in (files or {}).items():
+            (temporary / extra).write_text(text, encoding="utf-8")
         (temporary / "README.md").write_text(_card(name, rank, alpha, config), encoding="utf-8")
 
 
@@ -170,7 +174,8 @@ def _check_finite(module: str, *tensors: Tensor) -> None:
 
 
 def _dump_json(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    # Unsorted: of several entries of a rank pattern in the lineage the last one counts.
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _card(base_model: str, rank: int, alpha: int, config: Mapping[str, Any]) -> str:

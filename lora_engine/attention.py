@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lora_engine.packing import Attention, AttentionGroup
 
-
 # Beyond so many keys, a row's probabilities would take more than what its layer keeps otherwise.
 _KEPT_KEYS = 256
 

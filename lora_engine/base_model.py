@@ -5,26 +5,18 @@ put in its place, so that beside the finished model only one tensor at a time is
 is never run.
 """
 
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from lora_engine import strict_json
 from lora_engine.errors import BaseModelError
-from lora_engine.nf4 import NF4Linear
-
-# Rotary frequencies are computed, not loaded; old checkpoints still carry them.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+from lora_engine.quantized import LAYERS, QuantizedLinear
+from lora_engine.weights import Weights, read_json, some
 
 
 @dataclass(slots=True)
@@ -76,21 +68,24 @@ def load(
     """Load a base model and its tokenizer.
 
     Args:
-        quantization: "none", or "nf4" for every linear layer but the output head.
+        quantization: "none", or "nf4" or "int8" for every linear layer but the output head. Experts that lie
+            together in one tensor, as in most mixtures of experts, are no such layers and keep the compute dtype.
         compute_dtype: "fp32", "bf16", or "auto": bf16 on CUDA, fp32 on CPU.
         device: "auto" is the first CUDA device, or the CPU.
 
     Raises:
-        BaseModelError: files are missing, torn, of another shape than the config says, or need code of their own.
+        BaseModelError: files are missing or torn, need code of their own, hold other tensors than the config says, or
+            values that are not finite; or the tokenizer has more ids than there are embeddings.
     """
     place = _device(device)
     dtype = _dtype(compute_dtype, place)
     model = _skeleton(folder, dtype)
-    _fill(model, folder, place, dtype, quantization == "nf4")
+    _fill(model, Weights(folder, model), place, quantization)
     _rebuild_buffers(model, place)
     model.eval()
     model.requires_grad_(False)
-    return BaseModel(model, _tokenizer(folder), folder, place, quantization, dtype, digest)
+    tokenizer = _tokenizer(folder, len(model.get_input_embeddings().weight))
+    return BaseModel(model, tokenizer, folder, place, quantization, dtype, digest)
 
 
 def describe(folder: Path) -> Description:
@@ -101,28 +96,13 @@ def describe(folder: Path) -> Description:
     """
     model = _skeleton(folder, torch.float32)
     if any(folder.glob("*.safetensors")):
-        _check_names(model, folder)
+        Weights(folder, model)
     return Description(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         context_length=context_length(model),
         modules=linear_modules(model),
     )
-
-
-def _check_names(model: Any, folder: Path) -> None:
-    expected, renamings = model.state_dict(), _renamings(model)
-    stored: set[str] = set()
-    for path in _shards(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                stored |= set(shard.keys())
-        except (OSError, SafetensorError) as error:
-            raise BaseModelError(f"{path.name} cannot be read: {error}") from None
-    known = {_name_in_model(name, expected, model.base_model_prefix, renamings) for name in stored}
-    tied = set(model.all_tied_weights_keys)
-    if missing := set(expected) - known - tied:
-        raise BaseModelError(f"tensors missing: {_some(missing)}")
 
 
 def context_length(model: Any) -> int | None:
@@ -141,7 +121,7 @@ def linear_modules(model: Any) -> tuple[Module, ...]:
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer of any kind we know, None for anything else."""
-    if isinstance(module, nn.Linear | NF4Linear):
+    if isinstance(module, nn.Linear | QuantizedLinear):
         return module.out_features, module.in_features
     if isinstance(module, Conv1D):  # GPT-2's: the weight lies in × out
         return module.nf, module.nx
@@ -165,18 +145,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = strict_json.loads(path.read_bytes())
-    except (OSError, strict_json.StrictJSONError) as error:
-        raise BaseModelError(f"{path.name} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise BaseModelError(f"{path.name} is not a JSON object")
-    return value
-
-
 def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if "auto_map" in values:
         raise BaseModelError("the model needs code of its own (auto_map in config.json), which is never run")
     if "/" in str(values.get("attn_implementation", values.get("_attn_implementation", ""))):
@@ -191,90 +161,36 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
         raise BaseModelError(f"not a causal language model that transformers knows: {error}") from error
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, embeddings: int) -> Any:
     config = folder / "tokenizer_config.json"
-    if config.exists() and "auto_map" in _read_json(config):
+    if config.exists() and "auto_map" in read_json(config):
         raise BaseModelError("the tokenizer needs code of its own (auto_map), which is never run")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseModelError(f"the tokenizer cannot be loaded: {error}") from error
+    # Special tokens that no text needs may lie beyond: Gemma 3 without vision has one. `data.py` looks at each example.
+    needed = [tokenizer.vocab_size - 1, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    needed += [number for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    highest = max(number for number in needed if number is not None)
+    if highest >= embeddings:
+        raise BaseModelError(
+            f"the tokenizer has ids up to {highest}, but the model only {embeddings} embeddings: use the model's own "
+            "tokenizer, or resize the embeddings (resize_token_embeddings in transformers) and save both together"
+        )
+    return tokenizer
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    weight_map = _read_json(index).get("weight_map")
-    names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    # Other names would escape the folder, or the hashes that pin it.
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
-        raise BaseModelError("model.safetensors.index.json: it names files outside its folder, or no safetensors")
-    return [folder / name for name in sorted(set(names))]
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in _shards(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (the handle cannot be iterated)
-                    yield name, shard.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise BaseModelError(f"{path.name} cannot be read: {error}") from None
-
-
-def _fill(model: Any, folder: Path, device: torch.device, dtype: torch.dtype, quantize: bool) -> None:
-    expected = model.state_dict()
+def _fill(model: Any, weights: Weights, device: torch.device, quantization: str) -> None:
     head = model.get_output_embeddings()
-    missing, unexpected = set(expected), []
-    renamings = _renamings(model)
-    for stored_name, tensor in _tensors(folder):
-        name = _name_in_model(stored_name, expected, model.base_model_prefix, renamings)
-        if name is None:
-            unexpected.append(stored_name)
-            continue
-        if tensor.shape != expected[name].shape:
-            shapes = f"{list(tensor.shape)} instead of {list(expected[name].shape)}"
-            raise BaseModelError(f"tensor {stored_name} has shape {shapes}")
+    for name, tensor in weights.tensors(device):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        # A copy, always: pages of the mapped file would otherwise stay resident beside the model.
-        placed = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-        missing.discard(name)
-        if quantize and leaf == "weight" and module is not head and linear_shape(module):
-            _quantize(model, path, module, placed, dtype)
+        if quantization != "none" and leaf == "weight" and module is not head and linear_shape(module):
+            model.set_submodule(path, _quantized(module, tensor, quantization))
         else:
-            _place(module, leaf, placed)
-    _ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), _COMPUTED.pattern]
-    unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in _ignored)]
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    if missing or unexpected:
-        raise BaseModelError(f"tensors missing: {_some(missing)}; not in the architecture: {_some(unexpected)}")
-
-
-def _renamings(model: Any) -> list[WeightRenaming]:
-    """What transformers renames in the files of this architecture.
-
-    Raises:
-        BaseModelError: it also computes tensors anew (fused experts), which is not done here.
-    """
-    transforms = get_model_conversion_mapping(model)
-    if any(isinstance(transform, WeightConverter) for transform in transforms):
-        raise BaseModelError(
-            f"{type(model).__name__}: its files hold experts that have to be fused, which is not supported"
-        )
-    return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-
-
-def _name_in_model(
-    name: str, expected: dict[str, Tensor], prefix: str, renamings: Sequence[WeightRenaming]
-) -> str | None:
-    """Checkpoints of a bare trunk leave the prefix out ("h.0.…"); those of a headed model have it."""
-    renamed = name
-    for renaming in renamings:
-        renamed = renaming.rename_source_key(renamed)[0]
-    candidates = (name, renamed, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((candidate for candidate in candidates if candidate in expected), None)
+            _place(module, leaf, tensor)
+    model.tie_weights(missing_keys=weights.missing, recompute_mapping=False)
 
 
 def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -287,10 +203,9 @@ def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def _quantize(model: Any, path: str, module: nn.Module, weight: Tensor, dtype: torch.dtype) -> None:
+def _quantized(module: nn.Module, weight: Tensor, quantization: str) -> QuantizedLinear:
     oriented = weight.t().contiguous() if isinstance(module, Conv1D) else weight
-    bias = module._parameters.get("bias")
-    model.set_submodule(path, NF4Linear(oriented, bias, dtype))
+    return LAYERS[quantization](oriented, module._parameters.get("bias"), weight.dtype)
 
 
 def _rebuild_buffers(model: Any, device: torch.device) -> None:
@@ -311,10 +226,4 @@ def _rebuild_buffers(model: Any, device: torch.device) -> None:
     buffers = dict(model.named_buffers())
     empty = [name for name in rebuilt if buffers[name].is_floating_point() and buffers[name].isnan().any()]
     if empty:
-        raise BaseModelError(f"transformers does not say how to compute the buffers {_some(empty)}")
-
-
-def _some(names: Any) -> str:
-    listed = sorted(names)
-    shown = ", ".join(listed[:5]) or "none"
-    return shown + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+        raise BaseModelError(f"transformers does not say how to compute the buffers {some(empty)}")

@@ -40,11 +40,12 @@ class RMSNorm:
 
     def scaled(self, unit: Tensor) -> Tensor:
         """The result, from what was kept."""
-        return (unit * self._weight).to(unit.dtype)
+        scaled: Tensor = unit * self._weight
+        return scaled.to(unit.dtype)
 
     def backward(self, dy: Tensor, kept: Normed) -> Tensor:
         """dx, fp32."""
-        dunit = dy.float() * self._weight
+        dunit: Tensor = dy.float() * self._weight
         unit = kept.unit.float()
         along = (dunit * unit).mean(-1, keepdim=True)
         return dunit.addcmul_(unit, along, value=-1).mul_(kept.inverse)

@@ -6,8 +6,8 @@ The modules, weights and rotary frequencies are those of the transformers model;
   in the backward pass, so that a layer keeps little more than the outputs of its products,
 - below the lowest adapter nothing is kept and no gradient computed,
 - the last layer computes queries, output projection and MLP for the rows that predict a target, and for no other,
-- the lowest `recomputed` layers above that keep their input alone and run forward again when their gradient is due:
-  the same operations, so the same bits.
+- the lowest `recomputed` layers above that keep their input alone (with `offload`, in the host's memory) and run
+  forward again when their gradient is due: the same operations, so the same bits.
 """
 
 from typing import Any
@@ -67,6 +67,7 @@ class Decoder:
         adapted = [index for index, layer in enumerate(self.layers) if layer.adapted]
         self.lowest = adapted[0] if adapted else len(self.layers)
         self.recomputed = 0
+        self.offload = False
 
     @staticmethod
     def supports(model: Any) -> bool:
@@ -95,7 +96,7 @@ class Decoder:
         kept: dict[int, Kept] = {}
         for index, layer in enumerate(self.layers):
             recomputed = 0 <= index - self.lowest < self.recomputed
-            own = Kept(input=x.clone()) if recomputed else None
+            own = Kept(input=x.to("cpu", copy=True) if self.offload else x.clone()) if recomputed else None
             x, found = layer.forward(x, rows, self._dtype)
             if index >= self.lowest:
                 kept[index] = own or found
@@ -124,6 +125,24 @@ class Decoder:
             total += layer.operations(pack, backward=index >= self.lowest, dx_needed=index > self.lowest)
         return total
 
+    @property
+    def recompute_share(self) -> float:
+        """Of the operations that are carried out, those of recomputed layers: a third of what each computes."""
+        depth, adapted = len(self.layers), len(self.layers) - self.lowest
+        return self.recomputed / (depth + adapted + self.recomputed)
+
+    def needed_bytes(self, pack: Pack) -> int:
+        """Of memory that `gradients` takes for a pack at its widest, beside the base model and the adapter."""
+        item = self._dtype.itemsize
+        stream: int = 4 * pack.rows * self._trunk.config.hidden_size
+        kept = widest = 0
+        for index, layer in enumerate(self.layers[self.lowest :]):
+            own, transient = layer.kept_bytes(pack, item), layer.transient_bytes(pack, item)
+            recomputed = index < self.recomputed
+            kept += stream if recomputed and not self.offload else 0 if recomputed else own
+            widest = max(widest, transient + (own if recomputed else 0))
+        return stream + kept + max(widest, self._head.transient_bytes(pack, item))
+
     def _rows(self, pack: Pack, dropout: tuple[int, int] | None) -> Rows:
         keys = None if dropout is None else row_keys(*dropout, pack.examples, pack.positions)
         target_keys = None if keys is None else keys[pack.predicts]
@@ -138,7 +157,7 @@ class Decoder:
         else:
             found = {None: embedding(like, positions[None])}
         # Both halves of a head turn by the same angles.
-        return {name: tuple(part[0, :, None, : part.shape[-1] // 2] for part in pair) for name, pair in found.items()}  # type: ignore[misc]
+        return {name: tuple(part[0, :, None, : part.shape[-1] // 2] for part in pair) for name, pair in found.items()}
 
 
 def _activation(config: Any) -> str:

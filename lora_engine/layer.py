@@ -78,8 +78,8 @@ class AttentionHalf:
         self._norm = RMSNorm(layer.input_layernorm, offset=norm_offset)
         sandwiched = hasattr(layer, "pre_feedforward_layernorm")
         self._norm_out = RMSNorm(layer.post_attention_layernorm, offset=norm_offset) if sandwiched else None
-        self._size: int = module.head_dim
-        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        self._size = int(module.head_dim)
+        heads, key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self._widths = [heads * self._size, key_heads * self._size, key_heads * self._size]
         # The layer's own names: one fused layer (Phi-3), or three.
         separate = [module.qkv_proj] if hasattr(module, "qkv_proj") else [module.q_proj, module.k_proj, module.v_proj]
@@ -123,6 +123,7 @@ class AttentionHalf:
             q, first = self._head_norms[0].forward(q, dtype)
             k, second = self._head_norms[1].forward(k, dtype)
             head_norms = first, second
+            v = v.contiguous()  # so that the rest of the product it is a view of can go
         self._rotate(q, k, rows, 1)
         attended, kept = attention.forward(q, k, v, self._attention(rows), self._shape)
         attended = attended.flatten(1)
@@ -178,15 +179,48 @@ class AttentionHalf:
         scores = pack.target_scores if self._last else pack.scores
         return total + scores * self._widths[0] * (12 if backward and inner else 4)
 
+    def kept_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `forward` keeps, without views of others."""
+        rows, queries = pack.rows, len(pack.predicts) if self._last else pack.rows
+        q, k, v = self._widths
+        size = itemsize * rows * (self._out.outputs + k + v) + 4 * rows
+        size += itemsize * queries * 2 * q  # q and the attended values
+        if self._last and len(self._inner) == 1 and self._head_norms is None:
+            size += itemsize * rows * q  # k and v are views of a product that holds all queries
+        if self._head_norms is not None:
+            size += itemsize * (queries * q + rows * k) + 4 * (queries * q + rows * k) // self._size
+        if self._norm_out is not None:
+            size += (itemsize * self._out.outputs + 4) * queries
+        counts = [queries, rows] if len(self._inner) == 2 else [rows]
+        ranks = sum(count * projection.ranks for projection, count in zip(self._inner, counts, strict=True))
+        size += itemsize * (ranks + queries * self._out.ranks)
+        groups = (pack.target_attention if self._last else pack.attention).groups
+        kept = sum(group.scores for group in groups if attention.keeps_probabilities(group, self._shape))
+        return size + itemsize * kept * q // self._size
+
+    def transient_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `backward` holds at its widest, beside what is kept."""
+        q, k, v = self._widths
+        groups = (pack.target_attention if self._last else pack.attention).groups
+        scores = max(group.scores for group in groups) * q // self._size
+        rows, width = pack.rows, self._out.outputs
+        # Gradients of q, k and v and their sum in fp32; probabilities, their gradient and that of the scores.
+        return rows * (itemsize * (2 * q + 2 * (k + v) + width) + 4 * (k + v) + 8 * width) + scores * (
+            12 + 2 * itemsize
+        )
+
     def _queries(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, tuple[_Hidden, ...]]:
-        """q (query rows, heads, head size), k and v (rows, key heads, head size)."""
+        """q (query rows, heads, head size), k and v (rows, key heads, head size), and the adapters' hidden rows."""
+        hidden: tuple[_Hidden, ...]
         if len(self._inner) == 2:
             q, hidden_q = self._inner[0].forward(x[rows.pack.predicts], rows.target_routing)
             kv, hidden_kv = self._inner[1].forward(x, rows.routing)
-            parts, hidden = [q, *kv.split(self._widths[1:], 1)], (hidden_q, hidden_kv)
+            parts = [q, *kv.split(self._widths[1:], 1)]
+            hidden = hidden_q, hidden_kv
         else:
             y, own = self._inner[0].forward(x, rows.routing)
-            parts, hidden = list(y.split(self._widths, 1)), (own,)
+            parts = list(y.split(self._widths, 1))
+            hidden = (own,)
             if self._last:
                 parts[0] = parts[0][rows.pack.predicts]
         q, k, v = (part.unflatten(1, (-1, self._size)) for part in parts)
@@ -296,6 +330,18 @@ class MLPHalf:
             rows, backward=backward, dx_needed=inner
         )
 
+    def kept_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `forward` keeps."""
+        rows, width = len(pack.predicts) if self._last else pack.rows, self._down.outputs
+        size = rows * (itemsize * (width + self._gate_up.outputs + self._gate_up.ranks + self._down.ranks) + 4)
+        return size + (0 if self._norm_out is None else rows * (itemsize * width + 4))
+
+    def transient_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `backward` holds at its widest, beside what is kept."""
+        rows, width = len(pack.predicts) if self._last else pack.rows, self._down.outputs
+        # Activation, product, its gradient and that of gate and up; gradient and normed input of the residual stream.
+        return rows * (itemsize * (3 * self._gate_up.outputs + 2 * width) + 8 * width)
+
     def _routing(self, rows: Rows) -> Routing:
         return rows.target_routing if self._last else rows.routing
 
@@ -324,6 +370,14 @@ class DecoderLayer:
             pack, backward=backward and between, dx_needed=dx_needed
         )
 
+    def kept_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `forward` keeps for a pack."""
+        return self._attention.kept_bytes(pack, itemsize) + self._mlp.kept_bytes(pack, itemsize)
+
+    def transient_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `backward` holds at its widest, beside what is kept."""
+        return max(self._attention.transient_bytes(pack, itemsize), self._mlp.transient_bytes(pack, itemsize))
+
     def forward(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Kept]:
         """The residual stream after the layer (x is changed in place), and all that the backward pass needs."""
         x, of_attention = self._attention.forward(x, rows, dtype)
@@ -333,7 +387,7 @@ class DecoderLayer:
     def backward(self, gradient: Tensor, kept: Kept, rows: Rows, dtype: torch.dtype, *, needed: bool) -> Tensor | None:
         """Gradient of the layer's input (fp32), where needed, from that of its output; uses `kept` up."""
         if kept.input is not None:
-            kept = self.forward(kept.input, rows, dtype)[1]
+            kept = self.forward(kept.input.to(gradient.device), rows, dtype)[1]
         assert kept.attention is not None and kept.mlp is not None  # noqa: S101, PT018 - for the type checker
         between = self._mlp.backward(gradient, kept.mlp, rows, needed=needed or self._attention.adapted)
         kept.mlp = None

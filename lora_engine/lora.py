@@ -1,19 +1,24 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) on the linear layers of a frozen base model: which layers, of what shape."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) put on the linear layers of a frozen base model, and taken off again."""
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_engine import target_modules
 from lora_engine.adapter import LoraWeights
 from lora_engine.base_model import BaseModel, Module, linear_modules
-from lora_engine.config import ALL_LINEAR, LoraConfig
+from lora_engine.config import LoraConfig
 from lora_engine.errors import SpecError
+from lora_engine.optim import Rate
 from lora_engine.product import LoraLinear, Routing, Slot
+from lora_engine.target_modules import Shape
 
 
 @dataclass(slots=True)
@@ -21,17 +26,20 @@ class Adapted:
     """A base model with one adapter on it.
 
     Attributes:
-        layers: by full module name, in the model's order.
+        layers: by full module name, in the model's order; `shapes` of their factors likewise.
         parameters: fp32 (trainable parameters): every A and B is a view of it.
         gradients: like `parameters`; backward accumulates into it.
+        rates: of learning, for `optim.Optimizer`.
         routing: of the trunk's layers; `head_routing` of an adapted output head, which sees target tokens only.
     """
 
     base: BaseModel
     config: LoraConfig
     layers: dict[str, LoraLinear]
+    shapes: dict[str, Shape]
     parameters: Tensor
     gradients: Tensor
+    rates: tuple[Rate, ...]
     routing: Routing
     head_routing: Routing
     _compute: Tensor = field(repr=False)
@@ -46,6 +54,12 @@ class Adapted:
         copies = {name: (layer.slots[0].A, layer.slots[0].B) for name, layer in self.layers.items()}
         return {name: LoraWeights(_copy(A), _copy(B)) for name, (A, B) in copies.items()}
 
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Of the modules whose alpha is not that of the config."""
+        alphas = {name: shape.alpha for name, shape in self.shapes.items()}
+        return {name: alpha for name, alpha in alphas.items() if alpha != self.config.resolved_alpha}
+
     def detach(self) -> None:
         """Put the plain layers back; the base model is as it was before `attach`."""
         for name, layer in self.layers.items():
@@ -56,65 +70,60 @@ def attach(base: BaseModel, config: LoraConfig, seed: int) -> Adapted:
     """Adapt the targeted layers of `base`: A drawn as PEFT draws it, B zero, so that nothing changes at first.
 
     Raises:
-        SpecError: field `lora.target_modules`, for a name that is not in the model or a tied output head.
+        SpecError: as `target_modules.targets`; field `lora.target_modules` for a tied output head.
     """
-    chosen = targets(linear_modules(base.model), config)
+    modules = linear_modules(base.model)
+    chosen = target_modules.targets(modules, config)
     _refuse_tied_head(base.model, chosen)
-    size = trainable_parameters(chosen, config.rank)
-    parameters = torch.zeros(size, device=base.device)
+    shapes = {module.name: target_modules.shape(config, module) for module in chosen}
+    places, rates = _layout(chosen, shapes, config.lora_plus_ratio or 1.0)
+    parameters = torch.zeros(rates[-1].where.stop, device=base.device)
     gradients = torch.zeros_like(parameters)
     compute = parameters if base.compute_dtype == torch.float32 else parameters.to(base.compute_dtype)
     routing, head_routing = Routing(), Routing()
     layers: dict[str, LoraLinear] = {}
-    offset = 0
-    for index, module in enumerate(chosen):
-        layer = LoraLinear(base.model.get_submodule(module.name), head_routing if module.head else routing, index)
-        shapes = ((config.rank, module.inputs), (module.outputs, config.rank))
-        (A, a), (B, b) = (
-            _views(parameters, gradients, compute, offset + skip, shape)
-            for shape, skip in zip(shapes, (0, config.rank * module.inputs), strict=True)
-        )
-        A.data.copy_(initial_factor(seed, module.name, *shapes[0]))
-        layer.slots[0] = Slot(A, B, config.scaling, config.dropout, a, b)
-        offset += A.numel() + B.numel()
-        layers[module.name] = layer
-        base.model.set_submodule(module.name, layer)
-    adapted = Adapted(base, config, layers, parameters, gradients, routing, head_routing, compute)
+    # Of all modules of the model: what a layer's masks are does not hang on which others are adapted.
+    indices = {key: index for index, key in enumerate(dict.fromkeys(map(target_modules.shared_input, modules)))}
+    for module in chosen:
+        name, shape = module.name, shapes[module.name]
+        index = indices[target_modules.shared_input(module)]
+        layer = LoraLinear(base.model.get_submodule(name), head_routing if module.head else routing, index)
+        A, a = _views(parameters, gradients, compute, places[name, "A"], (shape.rank, module.inputs))
+        B, b = _views(parameters, gradients, compute, places[name, "B"], (module.outputs, shape.rank))
+        A.data.copy_(initial_factor(seed, name, shape.rank, module.inputs))
+        layer.slots[0] = Slot(A, B, shape.scaling, config.dropout, a, b)
+        layers[name] = layer
+        base.model.set_submodule(name, layer)
+    adapted = Adapted(base, config, layers, shapes, parameters, gradients, rates, routing, head_routing, compute)
     adapted.refresh()
     return adapted
 
 
-def targets(modules: Sequence[Module], config: LoraConfig) -> tuple[Module, ...]:
-    """The modules that `config.target_modules` names, in the model's order; the head only when it is named.
+def _layout(
+    modules: Sequence[Module], shapes: Mapping[str, Shape], ratio: float
+) -> tuple[dict[tuple[str, str], slice], tuple[Rate, ...]]:
+    """Where each (module, "A" or "B") lies among the parameters, and the rates, in order of their places.
 
-    Raises:
-        SpecError: a name fits no module.
+    Factors of one rate lie together, A before B, then in the model's order: so that an optimizer needs one call a
+    rate, and the As of layers that read the same input are one matrix.
     """
-    if config.target_modules == ALL_LINEAR:
-        return tuple(module for module in modules if not module.head)
-    chosen: set[str] = set()
-    for name in config.target_modules:
-        matching = {module.name for module in modules if module.name == name or module.name.endswith(f".{name}")}
-        if not matching:
-            known = sorted({module.name.rpartition(".")[2] for module in modules})
-            raise SpecError(
-                f"lora.target_modules: no linear layer is called {name!r}; there are {', '.join(known[:20])}",
-                field="lora.target_modules",
-            )
-        chosen |= matching
-    return tuple(module for module in modules if module.name in chosen)
-
-
-def last_names(modules: Sequence[Module], chosen: Sequence[Module]) -> tuple[str, ...]:
-    """Last names ("q_proj") that stand for exactly the modules `chosen`; their full names where there are none such."""
-    full = {module.name for module in chosen}
-    names = {name.rpartition(".")[2] for name in full}
-    matched = {module.name for module in modules if module.name.rpartition(".")[2] in names}
-    return tuple(sorted(names if matched == full else full))
-
-
-def trainable_parameters(modules: Sequence[Module], rank: int) -> int:
-    return sum(rank * (module.inputs + module.outputs) for module in modules)
+    factors = [
+        ((shapes[module.name].learning_rate or 0.0, ratio if factor == "B" else 1.0), factor, number)
+        for number, module in enumerate(modules)
+        for factor in ("A", "B")
+    ]
+    places: dict[tuple[str, str], slice] = {}
+    rates: list[Rate] = []
+    stop = 0
+    for (peak, multiplier), group in groupby(sorted(factors), key=itemgetter(0)):
+        begin = stop
+        for _, factor, number in group:
+            module = modules[number]
+            size = shapes[module.name].rank * (module.inputs if factor == "A" else module.outputs)
+            places[module.name, factor] = slice(stop, stop + size)
+            stop += size
+        rates.append(Rate(slice(begin, stop), peak or None, multiplier))
+    return places, tuple(rates)
 
 
 def initial_factor(seed: int, name: str, rank: int, inputs: int) -> Tensor:
@@ -125,12 +134,11 @@ def initial_factor(seed: int, name: str, rank: int, inputs: int) -> Tensor:
 
 
 def _views(
-    parameters: Tensor, gradients: Tensor, compute: Tensor, start: int, shape: tuple[int, int]
+    parameters: Tensor, gradients: Tensor, compute: Tensor, place: slice, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    rows = slice(start, start + shape[0] * shape[1])
-    master = parameters[rows].view(shape).detach().requires_grad_()
-    master.grad = gradients[rows].view(shape)
-    return master, compute[rows].view(shape)
+    master = parameters[place].view(shape).detach().requires_grad_()
+    master.grad = gradients[place].view(shape)
+    return master, compute[place].view(shape)
 
 
 def _refuse_tied_head(model: Any, chosen: Sequence[Module]) -> None:

@@ -73,6 +73,13 @@ class Head:
         """Multiplications and additions of the head's products."""
         return self._projection.operations(len(pack.predicts), backward=backward, dx_needed=dx_needed)
 
+    def transient_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `gradients` holds at its widest."""
+        rows, width = len(pack.predicts), self._projection.outputs
+        chunk = min(rows * width * itemsize, _CHUNK_BYTES)
+        block = 4 * min(rows, _BLOCK_ROWS.get(pack.ids.device.type, 1024)) * width
+        return chunk + 2 * block + rows * self._projection.inputs * (2 * itemsize + 12)
+
     def _chunks(self, normed: Tensor, routing: Routing) -> Iterator[tuple[slice, Routing]]:
         size = max(1, _CHUNK_BYTES // (self._projection.outputs * normed.element_size()) // ROW_MULTIPLE) * ROW_MULTIPLE
         for start in range(0, len(normed), size):

@@ -16,7 +16,7 @@ from lora_engine.data import Document
 
 # Matrix products like row counts of a few sizes: each new one costs oneDNN a plan of its own.
 ROW_MULTIPLE = 16
-# A segment of its own costs more than computing a few tokens twice.
+# To attend to a segment of its own costs more than computing a few tokens twice.
 _SHORTEST_SHARED = 8
 # Long segments attend block by block, so that keys to the right of a block are never multiplied.
 _QUERY_BLOCK = 256
@@ -42,6 +42,11 @@ class AttentionGroup:
     key_positions: Tensor
     padded: bool
     _biases: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> int:
+        """A head's, padding included."""
+        return self.queries.numel() * self.keys.shape[1]
 
     def bias(self, window: int | None) -> Tensor:
         """fp32 (segments, 1, queries, keys): 0 where a query sees a key, -inf elsewhere."""
@@ -143,11 +148,6 @@ def packs(
         yield _pack(items, device, share)
 
 
-def counted_rows(documents: Sequence[Document], max_tokens: int, *, share: bool = True) -> list[int]:
-    """Rows of each micro-batch that `packs` would yield, before rounding."""
-    return [_rows(items, share) for items in _micro_batches(documents, max_tokens, share)]
-
-
 def _micro_batches(documents: Sequence[Document], max_tokens: int, share: bool) -> Iterator[list[_Item]]:
     items = sorted((_item(document) for document in documents), key=lambda item: (item.ids, item.document.number))
     group: list[_Item] = []
@@ -161,11 +161,6 @@ def _micro_batches(documents: Sequence[Document], max_tokens: int, share: bool) 
         rows += added
     if group:
         yield group
-
-
-def _rows(items: Sequence[_Item], share: bool) -> int:
-    shared = sum(_common(*pair) for pair in pairwise(items)) if share else 0
-    return sum(len(item.ids) for item in items) - shared
 
 
 def _item(document: Document) -> _Item:
@@ -203,10 +198,10 @@ def _segments(items: Sequence[_Item], share: bool) -> list[_Segment]:
             place(first, start, len(items[first].ids), above)
             return
         shared = min(common[first + 1 : last])
-        if shared >= start + _SHORTEST_SHARED:
+        if shared > start:
             above = place(first, start, shared, above)
             start = shared
-        cuts = [index for index in range(first + 1, last) if common[index] < start + _SHORTEST_SHARED]
+        cuts = [index for index in range(first + 1, last) if common[index] <= start]
         for begin, end in zip([first, *cuts], [*cuts, last], strict=True):
             grow(begin, end, start, above)
 
@@ -293,22 +288,22 @@ def _attention(
     for members in grouped:
         longest = max(len(blocks[member][0]) for member in members)
         most = max(len(blocks[member][1]) for member in members)
-        queries = torch.zeros(len(members), longest, dtype=torch.long)
-        keys = torch.zeros(len(members), most, dtype=torch.long)
+        query_rows = torch.zeros(len(members), longest, dtype=torch.long)
+        key_rows = torch.zeros(len(members), most, dtype=torch.long)
         query_positions = torch.full((len(members), longest), -1)
         key_positions = torch.full((len(members), most), -2)
         for place, member in enumerate(members):
             own, seen = blocks[member]
             # Query rows are numbered as they come; key rows are those of the pack.
             numbers = torch.arange(begins[member], begins[member + 1])
-            queries[place, : len(own)] = numbers
-            keys[place, : len(seen)] = torch.tensor(seen)
+            query_rows[place, : len(own)] = numbers
+            key_rows[place, : len(seen)] = torch.tensor(seen)
             query_positions[place, : len(own)] = torch.tensor([positions[row] for row in own])
             key_positions[place, : len(seen)] = torch.tensor([positions[row] for row in seen])
             slots[numbers] = offset + place * longest + torch.arange(len(own))
         offset += len(members) * longest
         padded = bool((query_positions < 0).any())
-        group = AttentionGroup(queries, keys, query_positions, key_positions, padded)
+        group = AttentionGroup(query_rows, key_rows, query_positions, key_positions, padded)
         groups.append(group.to(device))
     return Attention(tuple(groups), slots.to(device))
 

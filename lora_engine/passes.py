@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lora_engine import data, packing
+from lora_engine import data, packing, quantized
 from lora_engine.base_model import BaseModel, linear_modules
 from lora_engine.data import Document, MicroBatch
 from lora_engine.decoder import Decoder
@@ -18,9 +18,12 @@ from lora_engine.lora import Adapted
 from lora_engine.loss import summed_loss
 from lora_engine.packing import Pack
 
+# Activations that transformers keeps, per byte of the linear layers' outputs: norms, residuals and attention on top.
+_ACTIVATION_FACTOR = 1.3
+
 
 class Batch(Protocol):
-    """A micro-batch on the device. `rows` are computed; `tokens` are the documents', `trained_tokens` of them targets."""
+    """A micro-batch: `rows` that are computed, `tokens` of its documents, `trained_tokens` of them targets."""
 
     @property
     def rows(self) -> int: ...
@@ -33,7 +36,13 @@ class Batch(Protocol):
 class Pass(Protocol):
     """How an adapted base model is run. `dropout` is (seed, step) of the masks; None switches dropout off."""
 
+    # Whether documents are packed, dropout is on, and how many decoder layers can be recomputed.
+    packed: bool
+    drops: bool
+    layers: int
+    # See `plan.Choice`.
     recomputed: int
+    offload: bool
 
     def batches(self, documents: Sequence[Document], max_tokens: int) -> Iterator[Any]:
         """Micro-batches of at most `max_tokens` rows, but for a longer single document."""
@@ -47,16 +56,31 @@ class Pass(Protocol):
     def operations(self, batch: Any) -> int:
         """Multiplications and additions that forward and backward need, recomputation not counted."""
 
+    @property
+    def recompute_share(self) -> float:
+        """Of the operations that are carried out, those of layers that run forward a second time."""
+
+    def needed_bytes(self, batch: Any) -> int:
+        """Of memory that `gradients` takes at its widest, beside the base model and the adapter."""
+
+    def dequantized_bytes(self, *, keep: bool) -> int:
+        """What `keep_dequantized` would add to the loaded base model, and what a pass needs where it does not."""
+
+    def keep_dequantized(self, keep: bool) -> None:
+        """Keep the dequantised weights of quantised layers, or let them go again."""
+
 
 class PackedPass:
     """Documents side by side through `Decoder`."""
 
+    packed = True
+
     def __init__(self, adapted: Adapted) -> None:
         self._device = adapted.base.device
-        # With dropout, each document's prompt has masks of its own.
-        self._share = not adapted.config.dropout
+        # With dropout, each document's prompt has masks of its own, so that none is shared.
+        self.drops = adapted.config.dropout > 0
         self.decoder = Decoder(adapted.base)
-        self._trainable = adapted.parameters.numel()
+        self.layers = len(self.decoder.layers) - self.decoder.lowest
 
     @property
     def recomputed(self) -> int:
@@ -66,8 +90,32 @@ class PackedPass:
     def recomputed(self, layers: int) -> None:
         self.decoder.recomputed = layers
 
+    @property
+    def offload(self) -> bool:
+        return self.decoder.offload
+
+    @offload.setter
+    def offload(self, offload: bool) -> None:
+        self.decoder.offload = offload
+
+    @property
+    def recompute_share(self) -> float:
+        return self.decoder.recompute_share
+
+    def needed_bytes(self, batch: Pack) -> int:
+        return self.decoder.needed_bytes(batch)
+
+    def dequantized_bytes(self, *, keep: bool) -> int:
+        projections = self.decoder.projections
+        sizes = [projection.dequantized_bytes for projection in projections]
+        return sum(sizes) - sum(projection.packed_bytes for projection in projections) if keep else max(sizes)
+
+    def keep_dequantized(self, keep: bool) -> None:
+        for projection in self.decoder.projections:
+            projection.keep_dequantized(keep)
+
     def batches(self, documents: Sequence[Document], max_tokens: int) -> Iterator[Pack]:
-        return packing.packs(documents, max_tokens, self._device, share=self._share)
+        return packing.packs(documents, max_tokens, self._device, share=not self.drops)
 
     def gradients(self, batch: Pack, divisor: float, dropout: tuple[int, int] | None) -> float:
         return float(self.decoder.gradients(batch, divisor, dropout))
@@ -82,13 +130,33 @@ class PackedPass:
 class PaddedPass:
     """Documents of like length under one another through transformers' own forward."""
 
+    packed = False
+    # transformers keeps every activation: there is nothing to recompute or to offload.
+    layers = recomputed = 0
+    offload = False
+    recompute_share = 0.0
+
     def __init__(self, adapted: Adapted) -> None:
         self._adapted = adapted
         self._model: Any = adapted.base.model
-        modules = linear_modules(self._model)
-        self._weights = sum(module.inputs * module.outputs for module in modules)
-        # transformers keeps every activation; there is nothing to recompute here.
-        self.recomputed = 0
+        self._modules = linear_modules(self._model)
+        self.drops = adapted.config.dropout > 0
+
+    def needed_bytes(self, batch: MicroBatch) -> int:
+        item = self._adapted.base.compute_dtype.itemsize
+        activations = _ACTIVATION_FACTOR * item * sum(module.outputs for module in self._modules if not module.head)
+        # Logits in the compute dtype, in fp32, and their gradients in both.
+        logits = sum(module.outputs for module in self._modules if module.head) * 2 * (item + 4)
+        return int(batch.rows * activations + batch.trained_tokens * logits)
+
+    def dequantized_bytes(self, *, keep: bool) -> int:
+        layers = list(quantized.layers(self._model))
+        sizes = [layer.out_features * layer.in_features * layer.compute_dtype.itemsize for layer in layers]
+        return sum(sizes) - sum(layer.packed.nbytes for layer in layers) if keep else max(sizes, default=0)
+
+    def keep_dequantized(self, keep: bool) -> None:
+        for layer in quantized.layers(self._model):
+            layer.keep_dequantized(layer.dequantized() if keep else None)
 
     def batches(self, documents: Sequence[Document], max_tokens: int) -> Iterator[MicroBatch]:
         return data.micro_batches(documents, max_tokens, self._adapted.base.device)
@@ -96,7 +164,7 @@ class PaddedPass:
     def gradients(self, batch: MicroBatch, divisor: float, dropout: tuple[int, int] | None) -> float:
         self._route(batch, dropout)
         loss = summed_loss(self._model, batch) / divisor
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return float(loss.detach())
 
     @torch.no_grad()
@@ -105,7 +173,8 @@ class PaddedPass:
         return float(summed_loss(self._model, batch))
 
     def operations(self, batch: MicroBatch) -> int:
-        return batch.tokens * (4 * self._weights + 6 * self._adapted.parameters.numel())
+        weights = sum(module.inputs * module.outputs for module in self._modules)
+        return batch.tokens * (4 * weights + 6 * self._adapted.parameters.numel())
 
     def _route(self, batch: MicroBatch, dropout: tuple[int, int] | None) -> None:
         """Tell the adapted layers which token each of their rows is, for dropout."""

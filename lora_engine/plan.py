@@ -1,30 +1,34 @@
-"""What a training job will do and need, decided before its first step.
+"""What a training job will do, need and take, decided before its first step.
 
-The global batch is never changed to save memory: only how many tokens pass through the model at once, and whether the
-dequantised weights of an NF4 base are kept. The result of training does not depend on either.
+The global batch is never changed to save memory: only how many tokens pass through the model at once, how many layers
+run forward a second time, and whether the dequantised weights of a quantised base are kept. The result of training does
+not depend on any of them. The memory that each choice needs is added up from the shapes; one calibrating step on the
+longest micro-batch then shows what it really takes, and how long.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
-from lora_engine.base_model import BaseModel, Module
+from lora_engine import data, machine
+from lora_engine.base_model import BaseModel
 from lora_engine.config import TrainingConfig
 from lora_engine.data import Dataset, Document
 from lora_engine.errors import WouldNotFit
+from lora_engine.passes import Batch, Pass
 
 # Beyond so many tokens a micro-batch fills the device's arithmetic units and only costs memory.
 _PREFERRED_TOKENS = {"cpu": 1024, "cuda": 8192}
-# fp32 master, gradient and AdamW's two moments.
-_STATE_BYTES = 16
-# Activations kept for backward, per byte of the linear layers' outputs: norms, residuals and attention come on top.
-_ACTIVATION_FACTOR = 1.3
+# Fewer rows than this cost as much time as so many.
+_LEAST_ROWS = {"cpu": 32, "cuda": 512}
 _RESERVE = 0.9
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container it is the container's own
+# Of the predictions, measured over a grid of small configurations (benchmarks/plan.py).
+_MEMORY_ERROR, _TIME_ERROR = 0.1, 0.2
+# Steps whose micro-batches are counted to predict the time of all.
+_SAMPLED_STEPS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +42,17 @@ class Plan:
         longest: longest document, in tokens.
         steps: optimizer steps in all, `steps_per_epoch` of them per epoch.
         trainable_parameters: of the adapter.
-        micro_batch_tokens: most tokens, with padding, in one pass through the model.
-        dequantize_once: the dequantised weights of an NF4 base are kept.
-        predicted_peak_bytes: of memory on the device, base model included.
+        packed: the fast path is taken.
+        micro_batch_tokens: most rows in one pass through the model.
+        recomputed_layers: of the decoder, whose forward pass runs twice; `recompute_share` of all operations.
+        offload: their inputs are kept in the host's memory.
+        dequantize_once: the dequantised weights of a quantised base are kept.
+        threads: of the processor; 0 where a GPU computes.
+        predicted_peak_bytes: of memory on the device, base model included, within `memory_error` (a fraction).
         available_bytes: of memory on the device for this job, base model included.
+        matmul_rate: operations a second of the device's matrix products, measured; None where nothing was.
+        predicted_step_seconds, predicted_seconds: of a mean step and of the whole job with its evaluations, within
+            `time_error` (a fraction); None where nothing was measured.
     """
 
     examples: int
@@ -54,74 +65,153 @@ class Plan:
     steps: int
     steps_per_epoch: int
     trainable_parameters: int
+    packed: bool
     micro_batch_tokens: int
+    recomputed_layers: int
+    recompute_share: float
+    offload: bool
     dequantize_once: bool
+    threads: int
     predicted_peak_bytes: int
+    memory_error: float
     available_bytes: int
+    matmul_rate: float | None
+    predicted_step_seconds: float | None
+    predicted_seconds: float | None
+    time_error: float
 
 
-def make(
-    config: TrainingConfig,
-    base: BaseModel,
-    modules: Sequence[Module],
-    trainable_parameters: int,
-    dataset: Dataset,
-    training: Sequence[Document],
-    validation: Sequence[Document],
-) -> Plan:
-    """Plan a job on a loaded base; `modules` are all its linear layers.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to spend memory on time: see `Plan`'s fields of these names."""
+
+    micro_batch_tokens: int
+    recomputed_layers: int
+    offload: bool
+    dequantize_once: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is planned.
+
+    Attributes:
+        run: how the base model with the adapter on it is run.
+        trainable: parameters of the adapter.
+        documents: that are trained on, of `dataset`; `held_out` are evaluated on.
+        threads: of the processor, where they are given.
+    """
+
+    config: TrainingConfig
+    base: BaseModel
+    run: Pass
+    trainable: int
+    dataset: Dataset
+    documents: Sequence[Document]
+    held_out: Sequence[Document]
+    threads: int | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(len(document) for document in (*self.documents, *self.held_out))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.documents) // self.config.global_batch)
+
+    @property
+    def steps(self) -> int:
+        return self.config.max_steps or self.config.epochs * self.steps_per_epoch
+
+    def heaviest(self, max_tokens: int) -> Batch:
+        """The largest micro-batch that could come: of a step that gets the longest documents of all."""
+        longest = sorted(self.documents, key=len, reverse=True)[: self.config.global_batch]
+        batches: list[Batch] = list(self.run.batches(longest, max_tokens))
+        return max(batches, key=lambda batch: batch.rows)
+
+
+def make(job: Job, *, calibrate: bool = True, available: int | None = None) -> Plan:
+    """Choose and predict; `job.run` is left set up as chosen.
+
+    Without `calibrate` nothing is computed: the base model may be on the meta device, and no time is predicted.
+    `available` bytes are those beside what the process holds now; left out, what the machine says.
 
     Raises:
-        WouldNotFit: the longest document alone needs more memory than there is.
+        WouldNotFit: the longest document alone needs more memory than there is; the message says what would fit.
     """
-    longest = max(len(document) for document in (*training, *validation))
-    per_epoch = -(-len(training) // config.global_batch)
-    resident = base_bytes(base)
-    available = resident + available_bytes(base.device)
-    share = max(document.trained_tokens / len(document) for document in (*training, *validation))
-    needed = 0
-    for dequantize_once, tokens in _choices(base, longest):
-        needed = resident + predicted_bytes(base, modules, trainable_parameters, tokens, share, dequantize_once)
-        if needed <= resident + _RESERVE * (available - resident):
+    base = job.base
+    threads = (job.threads or machine.quickest_threads()) if calibrate and base.device.type == "cpu" else 0
+    if threads:
+        torch.set_num_threads(threads)
+    room = machine.available_bytes(base.device) if available is None else available
+    held = base_bytes(base) + (_adapter_bytes(job) if available is None else 0)
+    limit = held + int(_RESERVE * room)
+    cheapest: int | None = None
+    for choice in _choices(job):
+        batch = job.heaviest(choice.micro_batch_tokens)
+        needed = predicted_bytes(job, choice, batch)
+        cheapest = min(needed, cheapest or needed)
+        if needed > limit:
+            continue
+        apply(job.run, choice)
+        rate, measured = _calibrated(job, batch) if calibrate else (None, 0)
+        if needed - base_bytes(base) + measured <= limit:
             break
     else:
-        raise WouldNotFit(
-            f"the job needs {needed / 1e9:.2f} GB for its longest example ({longest} tokens), there are "
-            f"{available / 1e9:.2f} GB; lower sequence_length or the rank, or use quantization nf4",
-            needed_bytes=needed,
-            available_bytes=available,
-        )
+        raise _would_not_fit(job, cheapest or 0, held + room)
+    step_seconds, seconds = _predicted_seconds(job, choice, rate)
     return Plan(
-        examples=len(training),
-        validation_examples=len(validation),
-        truncated=dataset.truncated,
-        dropped=dataset.dropped,
-        tokens=sum(len(document) for document in training),
-        trained_tokens=sum(document.trained_tokens for document in training),
-        longest=longest,
-        steps=config.max_steps or config.epochs * per_epoch,
-        steps_per_epoch=per_epoch,
-        trainable_parameters=trainable_parameters,
-        micro_batch_tokens=tokens,
-        dequantize_once=dequantize_once,
-        predicted_peak_bytes=needed,
-        available_bytes=available,
+        examples=len(job.documents),
+        validation_examples=len(job.held_out),
+        truncated=job.dataset.truncated,
+        dropped=job.dataset.dropped,
+        tokens=sum(len(document) for document in job.documents),
+        trained_tokens=sum(document.trained_tokens for document in job.documents),
+        longest=job.longest,
+        steps=job.steps,
+        steps_per_epoch=job.steps_per_epoch,
+        trainable_parameters=job.trainable,
+        packed=job.run.packed,
+        micro_batch_tokens=choice.micro_batch_tokens,
+        recomputed_layers=choice.recomputed_layers,
+        recompute_share=job.run.recompute_share,
+        offload=choice.offload,
+        dequantize_once=choice.dequantize_once,
+        threads=threads,
+        predicted_peak_bytes=max(needed, base_bytes(base) + measured),
+        memory_error=_MEMORY_ERROR,
+        available_bytes=held + room,
+        matmul_rate=machine.matmul_rate(base.device, base.compute_dtype) if calibrate else None,
+        predicted_step_seconds=step_seconds,
+        predicted_seconds=seconds,
+        time_error=_TIME_ERROR,
     )
 
 
-def predicted_bytes(
-    base: BaseModel, modules: Sequence[Module], trainable: int, tokens: int, target_share: float, dequantize_once: bool
-) -> int:
-    """Bytes a job takes beside the base model, with `tokens` in a micro-batch, `target_share` of them targets."""
-    item = base.compute_dtype.itemsize
-    trunk = [module for module in modules if not module.head]
-    state = trainable * (_STATE_BYTES + (item if item < 4 else 0))
-    activations = _ACTIVATION_FACTOR * tokens * item * sum(module.outputs for module in trunk)
-    # Logits in the compute dtype, in fp32, and their gradients in both.
-    vocabulary = sum(module.outputs for module in modules if module.head)
-    logits = tokens * target_share * vocabulary * 2 * (item + 4)
-    weights = item * sum(module.inputs * module.outputs for module in trunk) if dequantize_once else 0
-    return int(state + activations + logits + weights)
+def apply(run: Pass, choice: Choice) -> None:
+    """Set `run` up as chosen."""
+    run.recomputed, run.offload = choice.recomputed_layers, choice.offload
+    run.keep_dequantized(choice.dequantize_once)
+
+
+def shrunk(run: Pass, choice: Choice, longest: int) -> Choice | None:
+    """What to try after `choice` ran out of memory: recompute every layer, then halve micro-batches; None: nothing."""
+    if choice.recomputed_layers < run.layers:
+        return replace(choice, recomputed_layers=run.layers)
+    if choice.micro_batch_tokens > longest:
+        return replace(choice, micro_batch_tokens=max(longest, choice.micro_batch_tokens // 2))
+    return None
+
+
+def predicted_bytes(job: Job, choice: Choice, batch: Batch) -> int:
+    """Bytes at the peak of a step whose largest micro-batch is `batch`, base model and adapter included."""
+    base = job.base
+    before = job.run.recomputed, job.run.offload
+    job.run.recomputed, job.run.offload = choice.recomputed_layers, choice.offload
+    needed = job.run.needed_bytes(batch)
+    job.run.recomputed, job.run.offload = before
+    dequantized = job.run.dequantized_bytes(keep=choice.dequantize_once)
+    return base_bytes(base) + dequantized + _adapter_bytes(job) + _optimizer_bytes(job) + needed
 
 
 def base_bytes(base: BaseModel) -> int:
@@ -130,37 +220,85 @@ def base_bytes(base: BaseModel) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes of memory that are free on `device` now, within the container's limit where there is one."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    meminfo = _table(_MEMINFO)
-    if "MemAvailable:" not in meminfo:  # not Linux: all there is, as what is free is not told
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = meminfo["MemAvailable:"] * 1024
-    limit = _CGROUP / "memory.max"
-    if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-        reclaimable = _table(_CGROUP / "memory.stat").get("inactive_file", 0)
-        available = min(available, max(0, int(text) - used + reclaimable))
-    return available
+def _adapter_bytes(job: Job) -> int:
+    """fp32 masters and gradients, and copies in the compute dtype."""
+    item = job.base.compute_dtype.itemsize
+    return job.trainable * (8 + (item if item < 4 else 0))
 
 
-def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number, as the kernel writes them; empty where there is no such file."""
-    if not path.exists():
-        return {}
-    rows = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
+def _optimizer_bytes(job: Job) -> int:
+    states = {"sgd": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+    return job.trainable * states.get(job.config.optimizer, 8)
 
 
-def _choices(base: BaseModel, longest: int) -> Iterator[tuple[bool, int]]:
-    """(dequantise once, tokens in a micro-batch), best first."""
-    preferred = max(longest, _PREFERRED_TOKENS.get(base.device.type, 1024))
-    for once in (True, False) if base.quantization == "nf4" else (False,):
-        tokens = preferred
-        while tokens > longest:
-            yield once, tokens
-            tokens //= 2
-        yield once, longest
+def _choices(job: Job) -> list[Choice]:
+    """All of them, quickest first."""
+    device, layers = job.base.device.type, job.run.layers
+    tokens = max(job.longest, _PREFERRED_TOKENS.get(device, 8192))
+    sizes = [tokens]
+    while tokens > job.longest:
+        tokens = max(job.longest, tokens // 2)
+        sizes.append(tokens)
+    recomputed = sorted({layers * quarter // 4 for quarter in range(5)})
+    kept = (True, False) if job.base.quantization != "none" else (False,)
+    choices = [Choice(*choice, False, once) for choice in product(sizes, recomputed) for once in kept]
+    if device == "cuda" and layers:
+        choices += [Choice(job.longest, layers, True, False)]
+    return sorted(choices, key=lambda choice: _slowness(choice, layers, _LEAST_ROWS.get(device, 512)))
+
+
+def _slowness(choice: Choice, layers: int, least_rows: int) -> float:
+    """Time a token, in no unit: what a small micro-batch, recomputation and dequantisation add."""
+    rows = choice.micro_batch_tokens
+    recompute = 0.5 * choice.recomputed_layers / layers if layers else 0.0
+    dequantize = 0.0 if choice.dequantize_once else 2.0 * least_rows / rows
+    return (1 + recompute + choice.offload) * (1 + least_rows / rows + dequantize)
+
+
+def _calibrated(job: Job, batch: Batch) -> tuple[float | None, int]:
+    """(operations a second, bytes that memory grew by at its peak) of one micro-batch; gradients are as before.
+
+    The first pass is not timed: it makes the products' plans and touches the memory.
+    """
+    device = job.base.device
+    machine.forget_peak(device)
+    before = machine.resident_bytes(device)
+    dropout = (job.config.seed, 0) if job.run.drops else None
+    job.run.gradients(batch, float(batch.trained_tokens), dropout)
+    grown = max(0, machine.peak_bytes(device) - before)
+    started = time.perf_counter()
+    job.run.gradients(batch, float(batch.trained_tokens), dropout)
+    return job.run.operations(batch) / (time.perf_counter() - started), grown
+
+
+def _predicted_seconds(job: Job, choice: Choice, rate: float | None) -> tuple[float | None, float | None]:
+    """(of a mean step, of the whole job): from the micro-batches of the first steps."""
+    if rate is None:
+        return None, None
+    size = job.config.global_batch
+    order = data.epoch_order(job.dataset.digest, job.config.seed, 0, len(job.documents))
+    starts = range(0, len(order), size)[:_SAMPLED_STEPS]
+    steps = [[job.documents[number] for number in order[start : start + size]] for start in starts]
+    run, tokens = job.run, choice.micro_batch_tokens
+    step = sum(run.operations(batch) for documents in steps for batch in run.batches(documents, tokens))
+    step_seconds = step / len(steps) / rate
+    # A forward pass is about half of a step's operations.
+    per_token = step_seconds / (sum(len(document) for documents in steps for document in documents) / len(steps))
+    evaluations = 2 + (job.steps // job.config.eval_every if job.config.eval_every else 0)
+    held_out = evaluations * sum(len(document) for document in job.held_out) * per_token / 2
+    return step_seconds, job.steps * step_seconds + held_out
+
+
+def _would_not_fit(job: Job, needed: int, available: int) -> WouldNotFit:
+    advice = ["a shorter sequence_length"]
+    if job.base.quantization == "none":
+        advice.insert(0, "quantization nf4")
+    if job.config.optimizer in ("adamw", "paged_adamw") and _optimizer_bytes(job) > needed // 20:
+        saved = 6 * job.trainable
+        advice.append(f"optimizer adamw_8bit (saves {saved / 1e9:.2f} GB), or a lower rank")
+    return WouldNotFit(
+        f"the job needs {needed / 1e9:.2f} GB for its longest example ({job.longest} tokens), there are "
+        f"{available / 1e9:.2f} GB; what would help: {', '.join(advice)}",
+        needed_bytes=needed,
+        available_bytes=available,
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.dropout import keep_mask
-from lora_engine.nf4 import NF4Linear as QuantizedLinear
+from lora_engine.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +62,17 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class FactorGradients:
-    """Of one segment: dA of all adapted layers (ranks in all × in), and each layer's dB (out × rank)."""
+    """Of one segment: that of A of all adapted layers (ranks in all × in), and of each layer's B (out × rank)."""
 
     parts: tuple[_Part, ...]
-    dA: Tensor
-    dBs: tuple[Tensor, ...]
+    A: Tensor
+    B: tuple[Tensor, ...]
 
     def accumulate(self) -> None:
         """Add to the masters' `grad`."""
-        for part, dB in zip(self.parts, self.dBs, strict=True):
+        for part, dB in zip(self.parts, self.B, strict=True):
             assert part.slot.A.grad is not None and part.slot.B.grad is not None  # noqa: S101, PT018 - made by attach
-            part.slot.A.grad.add_(self.dA[part.ranks])
+            part.slot.A.grad.add_(self.A[part.ranks])
             part.slot.B.grad.add_(dB)
 
 
@@ -85,11 +85,11 @@ class Projection:
 
     def __init__(self, layers: Sequence[nn.Module], scratch: "Scratch | None" = None) -> None:
         self._layers = tuple(layers)
-        self._bases = tuple(layer.base if isinstance(layer, LoraLinear) else layer for layer in layers)
+        self._bases: tuple[Any, ...] = tuple(layer.base if isinstance(layer, LoraLinear) else layer for layer in layers)
         self._scratch = scratch
         sizes = [_outputs(base) for base in self._bases]
         self._slices = [slice(sum(sizes[:index]), sum(sizes[: index + 1])) for index in range(len(sizes))]
-        self.outputs, self._inputs = sum(sizes), _inputs(self._bases[0])
+        self.outputs, self.inputs = sum(sizes), _inputs(self._bases[0])
         self._put_together()
         self._bias = _fused_bias(self._bases, sizes)
         self._parts: dict[int, tuple[_Part, ...]] = {}
@@ -99,10 +99,17 @@ class Projection:
         return any(isinstance(layer, LoraLinear) for layer in self._layers)
 
     @property
+    def ranks(self) -> int:
+        """Of all adapters on all layers."""
+        adapted = [layer for layer in self._layers if isinstance(layer, LoraLinear)]
+        return sum(len(slot.a) for layer in adapted for slot in layer.slots.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
         base = self._bases[0]
-        return base.compute_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype  # type: ignore[return-value]
+        dtype: torch.dtype = base.compute_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+        return dtype
 
     def weight(self) -> Tensor:
         """(out of all × in) in the compute dtype; what lies in `scratch` is valid until its next use."""
@@ -114,7 +121,7 @@ class Projection:
         if self._scratch is None:
             assert isinstance(first, QuantizedLinear) and len(self._bases) == 1  # noqa: S101, PT018 - see LoraLinear
             return first.dequantized()
-        return self._scratch.dequantized(self._bases, self._slices, self._inputs)
+        return self._scratch.dequantized(self._bases, self._slices, self.inputs)
 
     def forward(self, x: Tensor, routing: Routing) -> tuple[Tensor, tuple[Tensor, ...]]:
         """y (rows × out of all) of x (rows × in), and what `backward` needs beside x."""
@@ -143,10 +150,10 @@ class Projection:
             for part in parts:
                 dh[:, part.ranks] = (dy[rows, part.outputs] @ part.slot.b).mul_(part.slot.scaling)
             dA = dh.t() @ self._dropped(x, rows, parts, routing.keys)
-            dBs = tuple(
+            dB = tuple(
                 (dy[rows, part.outputs].t() @ h[:, part.ranks]).mul_(part.slot.scaling) for part in parts
             )  # fmt: skip
-            gradients.append(FactorGradients(parts, dA, dBs))
+            gradients.append(FactorGradients(parts, dA, dB))
             if dx is None:
                 continue
             mask = self._mask(x, rows, parts, routing.keys)
@@ -188,10 +195,21 @@ class Projection:
 
     def operations(self, rows: int, *, backward: bool, dx_needed: bool) -> int:
         """Multiplications and additions for so many rows."""
-        frozen = self._inputs * self.outputs * (2 if backward and dx_needed else 1)
+        frozen = self.inputs * self.outputs * (2 if backward and dx_needed else 1)
         adapted = [layer for layer in self._layers if isinstance(layer, LoraLinear)]
-        ranks = sum(len(slot.a) * (self._inputs + len(slot.b)) for layer in adapted for slot in layer.slots.values())
+        ranks = sum(len(slot.a) * (self.inputs + len(slot.b)) for layer in adapted for slot in layer.slots.values())
         return 2 * rows * (frozen + ranks * (3 if backward else 1))
+
+    @property
+    def dequantized_bytes(self) -> int:
+        """Of the dequantised weights of quantised layers."""
+        quantized = [base for base in self._bases if isinstance(base, QuantizedLinear)]
+        return sum(base.out_features * base.in_features for base in quantized) * self.dtype.itemsize
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of quantised weights, while they are not kept dequantised."""
+        return sum(base.packed.nbytes for base in self._bases if isinstance(base, QuantizedLinear))
 
     def keep_dequantized(self, keep: bool) -> None:
         """Keep the dequantised weights of quantised layers, under one another, or let them go again."""
@@ -199,7 +217,7 @@ class Projection:
         if not keep:
             for layer in layers:
                 layer.keep_dequantized(None)
-        elif len(layers) == len(self._bases):
+        elif len(layers) == len(self._bases) and any(layer.kept is None for layer in layers):
             buffer = torch.empty(self.outputs, layers[0].in_features, dtype=self.dtype, device=layers[0].packed.device)
             for layer, rows in zip(layers, self._slices, strict=True):
                 layer.keep_dequantized(buffer[rows])
@@ -207,7 +225,7 @@ class Projection:
     def _put_together(self) -> None:
         """Make weights that are not quantised views of one buffer."""
         if len(self._bases) > 1 and not any(isinstance(base, QuantizedLinear) for base in self._bases):
-            weights: list[Tensor] = [base.weight for base in self._bases]  # type: ignore[misc]
+            weights: list[Tensor] = [base.weight for base in self._bases]
             fused = _under_one_another([weight.detach() for weight in weights])
             for weight, rows in zip(weights, self._slices, strict=True):
                 weight.data = fused[rows]
@@ -275,36 +293,34 @@ class _AdaptedProduct(torch.autograd.Function):
         x, *hidden = ctx.saved_tensors
         projection: Projection = ctx.projection
         dx, gradients = projection.backward(gradient, x, hidden, ctx.routing, dx_needed=ctx.needs_input_grad[0])
-        factors = [factor.float() for found in gradients for factor in (found.dA, *found.dBs)]
+        factors = [factor.float() for found in gradients for factor in (found.A, *found.B)]
         return dx, None, None, *factors
 
 
-def _weight(base: nn.Module) -> Tensor | None:
+def _weight(base: Any) -> Tensor | None:
     """(out × in), where it lies in memory as such."""
     if isinstance(base, QuantizedLinear):
         return base.kept
-    weight: Tensor = base.weight.detach()  # type: ignore[operator,union-attr,assignment]
+    weight: Tensor = base.weight.detach()
     return weight if isinstance(base, nn.Linear) else weight.t()  # transformers' Conv1D keeps in × out
 
 
-def _outputs(base: nn.Module) -> int:
-    if isinstance(base, nn.Linear | QuantizedLinear):
-        return base.out_features
-    return int(base.nf)  # type: ignore[arg-type]  # transformers' Conv1D
+def _outputs(base: Any) -> int:
+    return int(base.out_features if isinstance(base, nn.Linear | QuantizedLinear) else base.nf)
 
 
-def _inputs(base: nn.Module) -> int:
-    if isinstance(base, nn.Linear | QuantizedLinear):
-        return base.in_features
-    return int(base.nx)  # type: ignore[arg-type]
+def _inputs(base: Any) -> int:
+    return int(base.in_features if isinstance(base, nn.Linear | QuantizedLinear) else base.nx)
 
 
-def _fused_bias(bases: Sequence[nn.Module], sizes: Sequence[int]) -> Tensor | None:
-    if all(base.bias is None for base in bases):
+def _fused_bias(bases: Sequence[Any], sizes: Sequence[int]) -> Tensor | None:
+    given = [base.bias for base in bases if base.bias is not None]
+    if not given:
         return None
-    some: Tensor = next(base.bias for base in bases if base.bias is not None)  # type: ignore[misc,assignment]
-    parts = [some.new_zeros(size) if base.bias is None else base.bias for base, size in zip(bases, sizes, strict=True)]
-    return torch.cat([part.detach() for part in parts])  # type: ignore[union-attr]
+    parts = [
+        given[0].new_zeros(size) if base.bias is None else base.bias for base, size in zip(bases, sizes, strict=True)
+    ]
+    return torch.cat([part.detach() for part in parts])
 
 
 def _under_one_another(tensors: Sequence[Tensor]) -> Tensor:

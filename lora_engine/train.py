@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,18 +21,17 @@ from typing import Any, Self
 
 import torch
 
-from lora_engine import adapter, checkpoint, data, lora, nf4, optim, plan
+from lora_engine import adapter, checkpoint, curves, data, lora, machine, optim, passes, plan, target_modules
 from lora_engine.base_model import BaseModel, context_length, linear_modules
 from lora_engine.config import TrainSpec, to_mapping
-from lora_engine.data import Document, MicroBatch
-from lora_engine.dropout import row_keys
+from lora_engine.data import Document
 from lora_engine.errors import CheckpointError, Diverged, OutOfMemory
-from lora_engine.loss import mean_loss, summed_loss
+from lora_engine.history import History
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One optimizer step that has been made.
+    """One optimizer step.
 
     Attributes:
         step: 1 … total_steps.
@@ -39,7 +39,11 @@ class Step:
         loss: per target token, before the update.
         grad_norm: before clipping.
         tokens: of this step, without padding; `trained_tokens` of them carried loss.
-        seconds: wall clock of this step, without evaluation.
+        seconds: wall clock of this step, without evaluation; `tokens_per_second` follows from it.
+        limit_fraction: operations a second, recomputed ones left out, over the device's measured matrix products.
+        recompute_share: of the operations carried out, those of a second forward pass.
+        peak_bytes: of memory so far, of the device or of this process.
+        skipped: the loss or a gradient was not finite, and no update was made.
         validation_loss: where it was evaluated, after this step's update.
         checkpoint_due: the caller should call `Training.checkpoint` now.
     """
@@ -53,27 +57,32 @@ class Step:
     trained_tokens: int
     tokens: int
     seconds: float
+    tokens_per_second: float
+    limit_fraction: float | None
+    recompute_share: float
+    peak_bytes: int
+    skipped: bool
     validation_loss: float | None
     checkpoint_due: bool
 
 
 @dataclass(slots=True)
 class _Progress:
-    """What a checkpoint keeps beside tensors."""
+    """What a checkpoint keeps beside tensors and the history."""
 
     step: int = 0
     loss_sum: float = 0.0
     trained_tokens: int = 0
     tokens: int = 0
-    validation_loss_before: float | None = None
-    validation_loss: float | None = None
+    nonfinite_in_a_row: int = 0
+    stopped_early: bool = False
 
 
 class Training:
     """One job on a base model, which it gives back unchanged when closed."""
 
     def __init__(self, spec: TrainSpec, base: BaseModel) -> None:
-        """Tokenise, split, plan and attach the adapter. No sequence is longer than the base model's positions reach.
+        """Tokenise, split, attach the adapter and plan. No sequence is longer than the base model's positions reach.
 
         Raises:
             SpecError: target modules that the base model does not have.
@@ -83,10 +92,10 @@ class Training:
         config = spec.training
         self.spec = spec
         self._base = base
+        if base.device.type == "cpu":
+            machine.keep_freed_memory()
         modules = linear_modules(base.model)
-        chosen = lora.targets(modules, spec.lora)
-        self._target_modules = lora.last_names(modules, chosen)
-        trainable = lora.trainable_parameters(chosen, spec.lora.rank)
+        self._target_modules = target_modules.last_names(modules, target_modules.targets(modules, spec.lora))
         sequence_length = min(config.sequence_length, context_length(base.model) or config.sequence_length)
         dataset = data.read(Path(spec.dataset), base.tokenizer, sequence_length)
         self._dataset_digest = dataset.digest
@@ -98,61 +107,78 @@ class Training:
             self._validation_digest = held_out.digest
             self._documents, self._held_out = list(dataset.documents), list(held_out.documents)
         data.check_vocabulary((*self._documents, *self._held_out), len(base.model.get_input_embeddings().weight))
-        self.plan = plan.make(config, base, modules, trainable, dataset, self._documents, self._held_out)
         self._progress = _Progress()
         self._order: tuple[int, list[int]] | None = None
+        self._ahead: tuple[int, int, Future[list[passes.Batch]]] | None = None
+        self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
         self._adapted = lora.attach(base, spec.lora, config.seed)
+        self._run = passes.choose(self._adapted)
         try:
-            nf4.dequantize_once(base.model, self.plan.dequantize_once)
-            self._optimizer = optim.Optimizer(self._adapted.parameters, self._adapted.gradients, config.weight_decay)
+            trainable = self._adapted.parameters.numel()
+            job = plan.Job(config, base, self._run, trainable, dataset, self._documents, self._held_out, spec.threads)
+            self.plan = plan.make(job)
+            self._adapted.gradients.zero_()
+            self._optimizer = optim.Optimizer(
+                self._adapted.parameters, self._adapted.gradients, config, self._adapted.rates
+            )
         except BaseException:
             self.close()
             raise
+        self._history = History(self.plan.steps_per_epoch)
+        # Where nothing is held out to tell, the last adapter is the best.
+        self._best = self._adapted.parameters.clone() if self._held_out and config.eval_every else None
 
     @property
     def validation_loss_before(self) -> float | None:
         """Of the plain base model; known once the first step was asked for."""
-        return self._progress.validation_loss_before
+        evaluations = self._history.evaluations
+        return evaluations[0].loss if evaluations else None
 
     @property
     def step(self) -> int:
         """Steps made so far, those before a resume included."""
         return self._progress.step
 
+    @property
+    def history(self) -> History:
+        """Losses so far."""
+        return self._history
+
     def steps(self) -> Iterator[Step]:
         """Make the remaining steps, one each time the next is asked for.
 
         Raises:
-            Diverged: loss or gradients are not finite; the update was not made.
-            OutOfMemory: a micro-batch does not fit in spite of the plan.
+            Diverged: loss or gradients were not finite `max_nonfinite_steps` times in a row; none of these updates was
+                made, and `finish` still writes the last good adapter.
+            OutOfMemory: a micro-batch of a single document does not fit, with all layers recomputed.
         """
         config, progress = self.spec.training, self._progress
-        if progress.step == 0:
-            progress.validation_loss_before = self._evaluate()
-        while progress.step < self.plan.steps:
+        if progress.step == 0 and not self._history.evaluations:
+            self._evaluate()
+        while progress.step < self.plan.steps and not progress.stopped_early:
             started = time.perf_counter()
             documents = self._documents_of(progress.step)
             targets = sum(document.trained_tokens for document in documents)
             rate = optim.learning_rate(config, progress.step, self.plan.steps)
-            loss = self._accumulate(documents, targets)
+            loss, operations = self._accumulate(targets)
             norm = optim.clip(self._adapted.gradients, config.max_grad_norm)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise Diverged(
-                    f"loss {loss} and gradient norm {norm} at step {progress.step + 1}; lower the learning rate",
-                    step=progress.step + 1,
-                )
-            self._optimizer.step(rate)
-            self._adapted.refresh()
-            progress.step += 1
-            progress.loss_sum += loss * targets
-            progress.trained_tokens += targets
-            progress.tokens += sum(len(document) for document in documents)
-            seconds = time.perf_counter() - started
-            last = progress.step == self.plan.steps
-            if last or (config.eval_every and progress.step % config.eval_every == 0):
-                progress.validation_loss = validation_loss = self._evaluate()
+            skipped = not (math.isfinite(loss) and math.isfinite(norm))
+            if skipped:
+                self._skip(loss, norm)
             else:
-                validation_loss = None
+                self._optimizer.step(rate)
+                self._adapted.refresh()
+                progress.nonfinite_in_a_row = 0
+                progress.loss_sum += loss * targets
+                progress.trained_tokens += targets
+            progress.step += 1
+            tokens = sum(len(document) for document in documents)
+            progress.tokens += tokens
+            self._history.add_step(progress.step, loss, rate, skipped=skipped)
+            seconds = time.perf_counter() - started
+            validation_loss = self._evaluate_if_due()
+            last = progress.step == self.plan.steps or progress.stopped_early
+            limit = self.plan.matmul_rate
             yield Step(
                 step=progress.step,
                 total_steps=self.plan.steps,
@@ -161,42 +187,98 @@ class Training:
                 learning_rate=rate,
                 grad_norm=norm,
                 trained_tokens=targets,
-                tokens=sum(len(document) for document in documents),
+                tokens=tokens,
                 seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                limit_fraction=operations / seconds / limit if limit else None,
+                recompute_share=self._run.recompute_share,
+                peak_bytes=machine.peak_bytes(self._base.device),
+                skipped=skipped,
                 validation_loss=validation_loss,
                 checkpoint_due=not last and progress.step % config.checkpoint_every == 0,
             )
 
-    def _accumulate(self, documents: list[Document], targets: int) -> float:
-        """Gradients of the mean loss over all targets of the step, in however many micro-batches; that loss."""
-        self._adapted.gradients.zero_()
-        total = 0.0
-        try:
-            for batch in data.micro_batches(documents, self.plan.micro_batch_tokens, self._base.device):
-                self._route(batch)
-                loss = summed_loss(self._base.model, batch) / targets
-                loss.backward()
-                total += loss.item()
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"a micro-batch of {self.plan.micro_batch_tokens} tokens did not fit") from error
-        return total
+    def _skip(self, loss: float, norm: float) -> None:
+        progress = self._progress
+        progress.nonfinite_in_a_row += 1
+        if progress.nonfinite_in_a_row >= self.spec.training.max_nonfinite_steps:
+            raise Diverged(
+                f"loss {loss} and gradient norm {norm} at step {progress.step + 1}, not finite for "
+                f"{progress.nonfinite_in_a_row} steps in a row; lower the learning rate",
+                step=progress.step + 1,
+            )
 
-    def _route(self, batch: MicroBatch) -> None:
-        """Tell the adapted layers which token each of their rows is, for dropout."""
-        if not self.spec.lora.dropout:
-            return
-        rows, length = batch.ids.shape
-        positions = torch.arange(length, device=batch.ids.device).repeat(rows)
-        examples = batch.examples.repeat_interleave(length)
-        keys = row_keys(self.spec.training.seed, self._progress.step, examples, positions)
-        self._adapted.routing.keys = keys
-        self._adapted.head_routing.keys = keys[batch.predicts.flatten()]
+    def _accumulate(self, targets: int) -> tuple[float, int]:
+        """Gradients of the mean loss over all targets of the step, in however many micro-batches.
+
+        Returns that loss and how many operations it took. A step that runs out of memory is made again from its
+        beginning, in smaller pieces: the sums are the same.
+        """
+        config, step = self.spec.training, self._progress.step
+        dropout = (config.seed, step) if self._run.drops else None
+        while True:
+            self._adapted.gradients.zero_()
+            try:
+                batches = self._batches(step)
+                losses = [self._run.gradients(batch, targets, dropout) for batch in batches]
+                return sum(losses), sum(self._run.operations(batch) for batch in batches)
+            except (RuntimeError, MemoryError) as error:
+                if not machine.is_out_of_memory(error):
+                    raise
+                self._shrink(error)
+
+    def _shrink(self, error: BaseException) -> None:
+        chosen = plan.Choice(
+            self.plan.micro_batch_tokens, self.plan.recomputed_layers, self.plan.offload, self.plan.dequantize_once
+        )
+        smaller = plan.shrunk(self._run, chosen, self.plan.longest)
+        if smaller is None:
+            raise OutOfMemory(f"a micro-batch of {chosen.micro_batch_tokens} tokens did not fit") from error
+        if self._base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        plan.apply(self._run, smaller)
+        self.plan = dataclasses.replace(self.plan, **dataclasses.asdict(smaller))
+
+    def _batches(self, step: int) -> list[passes.Batch]:
+        """Micro-batches of a step, made ready while the one before was computed, and those of the next under way."""
+        tokens = self.plan.micro_batch_tokens
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (step, tokens):
+            batches = ahead[2].result()
+        else:
+            batches = self._prepared(self._documents_of(step), tokens)
+        if step + 1 < self.plan.steps:
+            future = self._packer.submit(self._prepared, self._documents_of(step + 1), tokens)
+            self._ahead = (step + 1, tokens, future)
+        return batches
+
+    def _prepared(self, documents: list[Document], tokens: int) -> list[passes.Batch]:
+        return list(self._run.batches(documents, tokens))
+
+    def _evaluate_if_due(self) -> float | None:
+        """Validation loss after the step just made, where one is due; early stopping and the best adapter follow."""
+        config, progress = self.spec.training, self._progress
+        due = config.eval_every and progress.step % config.eval_every == 0
+        if not self._held_out or not (due or progress.step == self.plan.steps):
+            return None
+        loss = self._evaluate()
+        if self._best is not None and self._history.best_step == progress.step:
+            self._best.copy_(self._adapted.parameters)
+        progress.stopped_early = (
+            self._history.should_stop(config.early_stopping_patience) and progress.step < self.plan.steps
+        )
+        return loss
 
     def _evaluate(self) -> float | None:
         """Loss per target token over the held-out examples, without dropout."""
-        self._adapted.routing.keys = self._adapted.head_routing.keys = None
-        batches = data.micro_batches(self._held_out, self.plan.micro_batch_tokens, self._base.device)
-        return mean_loss(self._base.model, batches) if self._held_out else None
+        if not self._held_out:
+            return None
+        total, targets = 0.0, 0
+        for batch in self._run.batches(self._held_out, self.plan.micro_batch_tokens):
+            total += self._run.loss(batch)
+            targets += batch.trained_tokens
+        self._history.add_evaluation(self._progress.step, total / targets)
+        return total / targets
 
     def _documents_of(self, step: int) -> list[Document]:
         epoch, index = divmod(step, self.plan.steps_per_epoch)
@@ -212,12 +294,15 @@ class Training:
             "fingerprint": self._fingerprint(),
             "engine": version("luthier"),
             "micro_batch_tokens": self.plan.micro_batch_tokens,
+            "threads": self.plan.threads,
+            "history": self._history.to_state(),
             **dataclasses.asdict(self._progress),
         }
-        return checkpoint.save(Path(self.spec.output) / "checkpoints", self._progress.step, self._tensors(), state)
+        folder = Path(self.spec.output) / "checkpoints"
+        return checkpoint.save(folder, self._progress.step, self._tensors(), state)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint of the same job: what follows is what would have followed there, to the bit on CPU.
+        """Go on from a checkpoint as if nothing had happened, to the bit on CPU.
 
         Raises:
             CheckpointError: the checkpoint is torn or altered, or of another spec or dataset.
@@ -226,33 +311,51 @@ class Training:
         if state.pop("fingerprint", None) != self._fingerprint():
             raise CheckpointError(f"{folder.name}: the checkpoint belongs to another spec or dataset")
         state.pop("engine", None)
-        # The plan follows the memory that is free today; the order of the sums, and so the bits, must not.
-        self.plan = dataclasses.replace(self.plan, micro_batch_tokens=state.pop("micro_batch_tokens"))
+        # The plan follows the memory and the processors that are free today; the order of the sums, and so the bits,
+        # must not.
+        settings = {name: state.pop(name) for name in ("micro_batch_tokens", "threads")}
+        if settings["threads"] and self._base.device.type == "cpu":
+            torch.set_num_threads(settings["threads"])
+        self.plan = dataclasses.replace(self.plan, **settings)
+        self._history = History.from_state(state.pop("history"))
         checkpoint.restore(tensors, self._tensors())
         self._progress = _Progress(**state)
         self._adapted.refresh()
 
     def finish(self) -> dict[str, Any]:
-        """Write the adapter to `output`/adapter; the metrics of the job.
+        """Write the best adapter to `output`/adapter, with its curves; the metrics of the job.
+
+        Best is the lowest validation loss of those that `eval_every` asked for; without them, the last.
 
         Raises:
             AdapterError: a weight is not finite.
         """
-        progress, spec = self._progress, self.spec
+        progress, spec, history = self._progress, self.spec, self._history
+        if self._best is not None and history.best_step not in (None, progress.step):
+            self._adapted.parameters.copy_(self._best)
+            self._adapted.refresh()
         result = adapter.Adapter(
             weights=self._adapted.weights(),
             rank=spec.lora.rank,
             alpha=spec.lora.resolved_alpha,
+            alphas=self._adapted.alphas,
             use_rslora=spec.lora.use_rslora,
             base_model_name=spec.base_model_name or spec.base_model,
             base_digest=self._base.digest,
             target_modules=self._target_modules,
         )
-        adapter.write(result, Path(spec.output) / "adapter", lineage=self._lineage())
+        folder = Path(spec.output) / "adapter"
+        adapter.write(result, folder, lineage=self._lineage(), files={"curves.svg": curves.render(history)})
+        evaluations = history.evaluations
         return {
             "train_loss": progress.loss_sum / max(1, progress.trained_tokens),
-            "validation_loss_before": progress.validation_loss_before,
-            "validation_loss_after": progress.validation_loss,
+            "validation_loss_before": self.validation_loss_before,
+            "validation_loss_after": evaluations[-1].loss if len(evaluations) > 1 else None,
+            "best_step": history.best_step,
+            "best_validation_loss": history.best_validation_loss,
+            "overfitting_epoch": history.overfitting_epoch,
+            "stopped_early": progress.stopped_early,
+            "skipped_steps": history.skipped_steps,
             "steps": progress.step,
             "tokens": progress.tokens,
             "trained_tokens": progress.trained_tokens,
@@ -260,8 +363,9 @@ class Training:
 
     def close(self) -> None:
         """Take the adapter off the base model, which stays loaded and is as it was before. Safe to call twice."""
+        self._packer.shutdown(cancel_futures=True)
+        self._run.keep_dequantized(False)
         self._adapted.detach()
-        nf4.dequantize_once(self._base.model, False)
 
     def __enter__(self) -> Self:
         return self
@@ -270,7 +374,8 @@ class Training:
         self.close()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {"parameters": self._adapted.parameters, **self._optimizer.state()}
+        best = {} if self._best is None else {"best": self._best}
+        return {"parameters": self._adapted.parameters, **best, **self._optimizer.state()}
 
     def _lineage(self) -> dict[str, Any]:
         return {

@@ -52,10 +52,10 @@ def delete(session: Session, owner_id: str, adapter_id: str) -> None:
     session.execute(update(Adapter).where(Adapter.id == adapter_id).values(deleted_at=now()))
 
 
-def of_jobs(session: Session, job_ids: Collection[str]) -> dict[str, str]:
-    """The adapter's id of every job that has one which was not deleted."""
-    rows = select(Adapter.job_id, Adapter.id).where(Adapter.job_id.in_(job_ids), Adapter.deleted_at.is_(None))
-    return {row.job_id: row.id for row in session.execute(rows)}
+def of_jobs(session: Session, job_ids: Collection[str]) -> dict[str, Adapter]:
+    """By job, the adapter it has left, a deleted one too."""
+    rows = select(Adapter).where(Adapter.job_id.in_(job_ids))
+    return {adapter.job_id: adapter for adapter in session.scalars(rows)}
 
 
 def parents(session: Session, job_ids: Collection[str]) -> dict[str, list[AdapterParent]]:

@@ -1,10 +1,12 @@
 """A job's event log: numbered without gaps, appended in the transaction of what it tells."""
 
+import math
 from typing import Any, Literal
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
+from lora_engine.history import History
 from service.models import Job, JobEvent
 
 MAX_POINTS = 10_000
@@ -40,11 +42,27 @@ def after(session: Session, job_id: str, seq: int, limit: int) -> list[JobEvent]
 def metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
     """One point per step and kind. Steps that were repeated after a loss count once, as they ended up.
 
-    Of long jobs every n-th point is given, so that there are some ten thousand at the most.
+    Of long jobs every n-th point is given, so that there are some ten thousand, but every evaluation.
     """
     told = (JobEvent.job_id == job_id, JobEvent.type == "metrics")
     count = session.scalar(select(func.count()).where(*told)) or 0
     every_nth = JobEvent.seq % (1 + count // MAX_POINTS) == 0
-    rows = select(JobEvent.data).where(*told, every_nth).order_by(JobEvent.seq)
+    evaluation = JobEvent.data["validation_loss"].as_string().is_not(None)
+    rows = select(JobEvent.data).where(*told, or_(every_nth, evaluation)).order_by(JobEvent.seq)
     points = {(data.get("step", 0), "validation_loss" in data): data for data in session.scalars(rows)}
     return [points[key] for key in sorted(points)]
+
+
+def history(session: Session, job_id: str) -> History:
+    """The losses of a training so far, for the figure of its curves."""
+    points = metrics(session, job_id)
+    last = next((point for point in reversed(points) if point.get("epoch")), {"step": 1, "epoch": 1})
+    told = History(steps_per_epoch=max(1, round(last["step"] / last["epoch"])))
+    for point in points:
+        step = point.get("step", 0)
+        if step:
+            skipped = bool(point.get("skipped"))
+            told.add_step(step, point.get("loss", math.nan), point.get("learning_rate", 0.0), skipped=skipped)
+        if "validation_loss" in point:
+            told.add_evaluation(step, point["validation_loss"])
+    return told

@@ -6,7 +6,7 @@ database's. State machine and SQL follow what River, Oban, Solid Queue and Hatch
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import case, func, select, update
 from sqlalchemy.exc import IntegrityError
@@ -45,6 +45,18 @@ class Progress:
     total_steps: int | None = None
     eta_seconds: float | None = None
     points: tuple[dict[str, Any], ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """An adapter whose files are in the store: what a job leaves."""
+
+    adapter_id: str
+    prefix: str
+    files: list[dict[str, Any]]
+    digest: str
+    rank: int
+    metrics: dict[str, Any]
 
 
 def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: float) -> Claim | None:
@@ -103,7 +115,8 @@ def renew(session: Session, claim: Claim, lease_seconds: float, progress: Progre
             values[name] = getattr(told, name)
     row = _change(session, claim, ACTIVE, **values)
     for point in told.points:
-        events.append(session, claim.job_id, _describe(point), type="metrics", data=point)
+        level: Literal["info", "warn"] = "warn" if point.get("skipped") else "info"
+        events.append(session, claim.job_id, _describe(point), type="metrics", level=level, data=point)
     return row.cancel_requested_at is not None
 
 
@@ -140,33 +153,21 @@ def forget_checkpoints(session: Session, claim: Claim, keep: int) -> list[str]:
     return [checkpoint.prefix for checkpoint in old]
 
 
-def succeed(
-    session: Session,
-    claim: Claim,
-    *,
-    adapter_id: str,
-    prefix: str,
-    files: list[dict[str, Any]],
-    digest: str,
-    rank: int,
-    metrics: dict[str, Any],
-) -> None:
+def succeed(session: Session, claim: Claim, result: Result) -> None:
     """Publish (T7): the adapter's row and the job's end in one transaction. A cancel that came first wins."""
-    if session.get(Adapter, adapter_id) is not None:
+    if session.get(Adapter, result.adapter_id) is not None:
         return  # committed before, but the answer was lost
     row = _change(session, claim, ("running",), **_ended("succeeded"), phase=None, eta_seconds=None)
-    session.add(
-        Adapter(
-            id=adapter_id, owner_id=claim.owner_id, job_id=claim.job_id, base_model_id=row.base_model_id,
-            name=row.name, kind=claim.kind, epoch=claim.epoch, prefix=prefix, files=files, digest=digest,
-            rank=rank, metrics=metrics,
-        )
-    )  # fmt: skip
-    events.append(session, claim.job_id, "Succeeded", data={"adapter": adapter_id})
+    _add_adapter(session, claim, row, result)
+    for remark in _remarks(result.metrics):
+        events.append(session, claim.job_id, remark)
+    events.append(session, claim.job_id, "Succeeded", data={"adapter": result.adapter_id})
 
 
-def fail(session: Session, claim: Claim, code: str, category: str, message: str) -> None:
-    """End the job with a reason its owner can act on."""
+def fail(session: Session, claim: Claim, code: str, category: str, message: str, left: Result | None = None) -> None:
+    """End the job with a reason its owner can act on. What it `left` behind, a sound adapter, is theirs to use."""
+    if left is not None and session.get(Adapter, left.adapter_id) is not None:
+        return  # committed before, but the answer was lost
     row = _change(
         session, claim, ACTIVE, **_ended("failed"), phase=None, eta_seconds=None,
         error_code=code, error_category=category, error_message=message,
@@ -178,8 +179,13 @@ def fail(session: Session, claim: Claim, code: str, category: str, message: str)
             .values(state="cancelled", error_code=None, error_category=None, error_message=None)
         )
         events.append(session, claim.job_id, "Cancelled")
-    else:
-        events.append(session, claim.job_id, f"Failed: {message}", level="error", data={"code": code})
+        return
+    told: dict[str, Any] = {"code": code}
+    if left is not None:
+        _add_adapter(session, claim, row, left)
+        told["adapter"] = left.adapter_id
+        events.append(session, claim.job_id, "The last good adapter was kept", data={"adapter": left.adapter_id})
+    events.append(session, claim.job_id, f"Failed: {message}", level="error", data=told)
 
 
 def retry(session: Session, claim: Claim, code: str, message: str, *, counted: bool = True) -> None:
@@ -283,7 +289,34 @@ def _requeued() -> dict[str, Any]:
     return {**_freed(), "state": "queued", "phase": None, "eta_seconds": None, "announced_at": now()}
 
 
+def _add_adapter(session: Session, claim: Claim, row: Any, result: Result) -> None:
+    session.add(
+        Adapter(
+            id=result.adapter_id, owner_id=claim.owner_id, job_id=claim.job_id, base_model_id=row.base_model_id,
+            name=row.name, kind=claim.kind, epoch=claim.epoch, prefix=result.prefix, files=result.files,
+            digest=result.digest, rank=result.rank, metrics=result.metrics,
+        )
+    )  # fmt: skip
+
+
+def _remarks(metrics: dict[str, Any]) -> list[str]:
+    """What the owner of a finished training should know beyond its numbers."""
+    remarks = []
+    if metrics.get("stopped_early"):
+        remarks.append(f"Stopped early after step {metrics['steps']}: the validation loss did not fall any more")
+    if metrics.get("best_step") is not None and metrics["best_step"] != metrics["steps"]:
+        remarks.append(f"The adapter is that of step {metrics['best_step']}, where the validation loss was lowest")
+    if metrics.get("overfitting_epoch") is not None:
+        remarks.append(
+            f"Overfitting began at epoch {metrics['overfitting_epoch']:.2f}: "
+            "from there on the validation loss rose while the training loss fell"
+        )
+    return remarks
+
+
 def _describe(point: dict[str, Any]) -> str:
+    if point.get("skipped"):
+        return f"Step {point.get('step', 0)} was skipped: its loss or its gradient was not finite"
     if "validation_loss" in point:
         return f"Step {point.get('step', 0)}: validation loss {point['validation_loss']:.4f}"
     return f"Step {point.get('step', 0)}: loss {point.get('loss', 0.0):.4f}"

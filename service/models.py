@@ -199,7 +199,10 @@ class Checkpoint(Table):
 
 
 class Adapter(Table):
-    """A job's result: complete, verified, and exactly one per job. A deleted one stays as a tombstone for lineage."""
+    """A job's result: complete, verified, and at most one per job. A deleted one stays as a tombstone for lineage.
+
+    A succeeded job has one; a diverged one may have left the last good state.
+    """
 
     __tablename__ = "adapters"
     __table_args__ = (UniqueConstraint("job_id"), Index("ix_adapters_owner_id_id", "owner_id", "id"))

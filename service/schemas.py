@@ -38,6 +38,7 @@ _JOB = {
     "total_steps": 156,
     "eta_seconds": 310.5,
     "adapter": None,
+    "metrics": None,
     "error": None,
     "created_at": 1793520010.5,
     "started_at": 1793520012.0,
@@ -61,7 +62,16 @@ _ADAPTER = {
     ],
     "digest": "baa5a0964d3320fbc0c6a922140453c8513ea24ab8fd0577034804a967248096",
     "parents": [],
-    "metrics": {"steps": 156, "train_loss": 0.61, "validation_loss": 0.74},
+    "metrics": {
+        "steps": 156,
+        "train_loss": 0.61,
+        "validation_loss_before": 2.31,
+        "validation_loss_after": 0.77,
+        "best_step": 120,
+        "best_validation_loss": 0.74,
+        "overfitting_epoch": 2.31,
+        "stopped_early": False,
+    },
     "created_at": 1793520400.0,
 }
 _BASE_MODEL = {
@@ -84,7 +94,17 @@ _EVENT = {
     "type": "metrics",
     "level": "info",
     "message": "Step 42: loss 0.7312",
-    "data": {"step": 42, "loss": 0.7312, "learning_rate": 0.00018},
+    "data": {
+        "step": 42,
+        "epoch": 0.81,
+        "loss": 0.7312,
+        "grad_norm": 0.42,
+        "learning_rate": 0.00018,
+        "tokens_per_second": 812.5,
+        "limit_fraction": 0.61,
+        "recompute_share": 0.0,
+        "peak_bytes": 1073741824,
+    },
     "created_at": 1793520100.0,
 }
 
@@ -170,7 +190,10 @@ class JobError(Model):
 
 
 class Job(Model):
-    """A training or a merge. `spec` is what was asked for, with the defaults filled in."""
+    """A training or a merge. `spec` is what was asked for, with the defaults filled in.
+
+    `adapter` is the result; a training that diverged keeps its last good one. `metrics` are that adapter's.
+    """
 
     model_config = _with(_JOB)
     id: str
@@ -188,6 +211,7 @@ class Job(Model):
     total_steps: int | None
     eta_seconds: float | None
     adapter: str | None
+    metrics: dict[str, Any] | None
     error: JobError | None
     created_at: float
     started_at: float | None
@@ -209,7 +233,7 @@ class Event(Model):
 
 
 class Metrics(Model):
-    """A job's measurements, one point per step; evaluations are points of their own."""
+    """A job's measurements, one point per step; that of step 0 is the plain base model's validation loss."""
 
     model_config = _with({"object": "list", "data": [_EVENT["data"]]})
     object: Literal["list"] = "list"

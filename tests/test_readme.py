@@ -48,6 +48,7 @@ def test_the_tour_with_curl(embedded: Embedded, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert '"Succeeded"' in result.stdout
     assert '"peft_type": "LORA"' in result.stdout
+    assert (tmp_path / "curves.svg").read_text().startswith("<svg")
     with tarfile.open(tmp_path / "adapter.tar") as archive:
         names = {Path(name).name for name in archive.getnames()}
     assert {"adapter_config.json", "adapter_model.safetensors", "lineage.json"} <= names

@@ -32,7 +32,7 @@ def make_tiny_model(folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
         max_position_embeddings=256,
         initializer_range=0.2,
         tie_word_embeddings=tied,
-        **_tokens(tokenizer),
+        **token_ids(tokenizer),
     )
     return _save(LlamaForCausalLM, config, tokenizer, folder, seed)
 
@@ -41,7 +41,7 @@ def make_tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
     """A GPT-2 of two layers (hidden 32), whose linear layers are Conv1D, with dropout in its config; the folder."""
     tokenizer = make_tokenizer()
     config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2, **_tokens(tokenizer)
+        n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2, **token_ids(tokenizer)
     )  # fmt: skip
     return _save(GPT2LMHeadModel, config, tokenizer, folder, seed)
 
@@ -77,7 +77,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The fields of a model's config that come from its tokenizer."""
     return {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,

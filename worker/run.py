@@ -1,6 +1,7 @@
 """One attempt at one job: claim → workspace → order → news → publish. The only place that moves a job."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from service import leases
 from service import storage as objects
 from service.db import Database
 from service.errors import ServiceError
-from service.leases import Claim, Fenced
+from service.leases import Claim, Fenced, Result
 from service.settings import Settings
 from service.storage import ObjectDamaged, ObjectMissing, Storage
 from worker import orders, workspace
@@ -169,6 +170,8 @@ class _Listener:
             case "planned":
                 self._total_steps = news.data["total_steps"]
                 self._reporter.tell(phase="training", step=news.data["step"], total_steps=self._total_steps)
+            case "evaluated":
+                self._reporter.point(_point(news.data))
             case "step":
                 self._step(news.data)
             case "checkpoint":
@@ -205,13 +208,12 @@ class _Listener:
             self._stopped()
 
     def _step(self, step: dict[str, Any]) -> None:
-        point = {name: value for name, value in step.items() if value is not None and name != "checkpoint_due"}
         seconds = float(step["seconds"])
         known = self._seconds_per_step
         self._seconds_per_step = seconds if known is None else 0.9 * known + 0.1 * seconds
         left = max(0, self._total_steps - step["step"]) * self._seconds_per_step
         self._reporter.tell(step=step["step"], eta_seconds=round(left, 1))
-        self._reporter.point(point)
+        self._reporter.point(_point(step))
 
     def _checkpoint(self, step: int, folder: Path) -> None:
         attempt = self._attempt
@@ -235,21 +237,20 @@ class _Listener:
             except (ServiceError, OSError) as error:  # the sweep removes it when the job has ended
                 log.warning("%s: could not remove %s: %s", attempt.claim.job_id, old, error)
 
-    def _publish(self, folder: str, digest: str, rank: int, metrics: dict[str, Any]) -> None:
+    def _publish(self, **made: Any) -> None:
+        claim, result = self._attempt.claim, self._upload(**made)
+        self._commit(lambda session: leases.succeed(session, claim, result))
+        self.ended = True
+
+    def _upload(self, folder: str, digest: str, rank: int, metrics: dict[str, Any]) -> Result:
         attempt = self._attempt
         self._reporter.tell(phase="publishing")
         prefix = f"adapters/{attempt.claim.job_id}/e{attempt.claim.epoch}"
         files = objects.put_folder(attempt.storage, prefix, Path(folder))
-        result: dict[str, Any] = {
-            "adapter_id": leases.new_adapter_id(),
-            "prefix": prefix,
-            "files": files,
-            "digest": digest,
-            "rank": rank,
-            "metrics": metrics,
-        }
-        self._commit(lambda session: leases.succeed(session, attempt.claim, **result))
-        self.ended = True
+        return Result(
+            adapter_id=leases.new_adapter_id(), prefix=prefix, files=files, digest=digest, rank=rank,
+            metrics=_finite(metrics),
+        )  # fmt: skip
 
     def _stopped(self) -> None:
         end = leases.cancelled if self._cancelling else leases.release
@@ -259,7 +260,8 @@ class _Listener:
     def _failed(self, reason: dict[str, Any]) -> None:
         claim = self._attempt.claim
         why = (reason["code"], reason["category"], reason["message"])
-        self._commit(lambda session: leases.fail(session, claim, *why))
+        left = self._upload(**reason["adapter"]) if "adapter" in reason else None
+        self._commit(lambda session: leases.fail(session, claim, *why, left))
         self.ended = True
 
     def _commit(self, change: Callable[[Session], None]) -> None:
@@ -267,6 +269,19 @@ class _Listener:
         with suppress(OperationalError, InterfaceError, PoolTimeout):  # `change` waits for the database, then
             self._reporter.flush()
         _commit(self._attempt, self._reporter, change)
+
+
+def _point(told: dict[str, Any]) -> dict[str, Any]:
+    """What a point of the metrics keeps of what the host tells: what there is to say."""
+    left_out = {"checkpoint_due"} if told.get("skipped") else {"checkpoint_due", "skipped"}
+    return {name: value for name, value in _finite(told).items() if value is not None and name not in left_out}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Null in the place of numbers that JSON, and so the database, does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 def _kill(attempt: Attempt) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from lora_engine import adapter, base_files, base_model
+from lora_engine import adapter, adapter_header, base_files, base_model
 from lora_engine.base_model import BaseModel
 from lora_engine.config import TrainingConfig, TrainSpec, from_mapping
-from lora_engine.errors import BaseModelError, CheckpointError
+from lora_engine.errors import AdapterError, BaseModelError, CheckpointError, Diverged
 from lora_engine.train import Training
 from worker.channel import HostChannel
 
@@ -58,7 +58,7 @@ def _resume(training: Training, folder: Path, channel: HostChannel) -> None:
 
 
 def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
-    """Train to the end, or to a stop. News: phase, planned, step…, checkpoint…, then finished or stopped."""
+    """Train to the end, or to a stop. News: phase, planned, step…, checkpoint…, then finished, stopped or failed."""
     spec = from_mapping(TrainSpec, order["spec"])
     base = warm.get(order["base"], spec.training, channel)
     channel.send("phase", phase="preparing examples")
@@ -66,15 +66,45 @@ def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
         if order["resume"] is not None:
             _resume(training, Path(order["resume"]), channel)
         channel.send("planned", step=training.step, total_steps=training.plan.steps)
-        for step in training.steps():
-            channel.send("step", **asdict(step))
-            wanted = channel.stop
-            if wanted != "abandon" and (step.checkpoint_due or wanted == "checkpoint"):
-                channel.send("checkpoint", step=step.step, folder=str(training.checkpoint()))
-            if wanted is not None:
+        try:
+            if not _make_steps(training, channel):
                 channel.send("stopped")
                 return
+        except Diverged as error:
+            _diverged(error, training, channel)
+            return
         channel.send("phase", phase="writing adapter")
         metrics = training.finish()
-    folder = Path(spec.output) / "adapter"
-    channel.send("finished", folder=str(folder), digest=adapter.digest(folder), rank=spec.lora.rank, metrics=metrics)
+    channel.send("finished", **_result(Path(spec.output) / "adapter", metrics))
+
+
+def _make_steps(training: Training, channel: HostChannel) -> bool:
+    """Whether all were made, and no stop came first."""
+    for step in training.steps():
+        if step.step == 1 and training.validation_loss_before is not None:
+            channel.send("evaluated", step=0, epoch=0.0, validation_loss=training.validation_loss_before)
+        channel.send("step", **asdict(step))
+        wanted = channel.stop
+        if wanted != "abandon" and (step.checkpoint_due or wanted == "checkpoint"):
+            channel.send("checkpoint", step=step.step, folder=str(training.checkpoint()))
+        if wanted is not None:
+            return False
+    return True
+
+
+def _diverged(error: Diverged, training: Training, channel: HostChannel) -> None:
+    """The job has failed, but the last good adapter, if there is one, is its owner's all the same."""
+    if not training.history.points:  # no step was taken
+        raise error
+    try:
+        metrics = training.finish()
+    except AdapterError:
+        raise error from None
+    reason = {"code": error.code, "category": error.category, "message": error.message}
+    channel.send("failed", **reason, adapter=_result(Path(training.spec.output) / "adapter", metrics))
+
+
+def _result(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """An adapter as written: its rank is the largest of its modules'."""
+    rank = adapter_header.inspect(folder).settings.rank
+    return {"folder": str(folder), "digest": adapter.digest(folder), "rank": rank, "metrics": metrics}

@@ -9,6 +9,7 @@ import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy.orm import Session
 
+from lora_engine import curves
 from service import adapters, events, jobs, schemas
 from service.api.errors import documented
 from service.api.event_stream import event, open_stream, resume_after
@@ -24,7 +25,7 @@ from service.api.request import (
     idempotency,
     parse,
 )
-from service.models import ACTIVE, Job
+from service.models import ACTIVE, Adapter, Job
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -109,7 +110,10 @@ def get_metrics(
     job_id: str,
     format: Annotated[Literal["json", "csv"], Query(description="of the answer")] = "json",  # noqa: A002 - the wire's word
 ) -> schemas.Metrics | Response:
-    """Losses, learning rate and throughput by step. Steps that were repeated after a loss of the worker count once."""
+    """Losses, gradient norm, learning rate, throughput and memory by step; step 0 is the plain base model.
+
+    Steps that were repeated after a loss of the worker count once. Of very long jobs not every step is told.
+    """
     with parts.database.reading() as session:
         jobs.get(session, caller.user_id, job_id)
         points = events.metrics(session, job_id)
@@ -117,6 +121,20 @@ def get_metrics(
         return schemas.Metrics(data=points)
     headers = {"Content-Disposition": f'attachment; filename="{job_id}.csv"'}
     return Response(_csv(points), headers=headers, media_type="text/csv; charset=utf-8")
+
+
+@router.get(
+    "/{job_id}/curves.svg",
+    summary="A job's curves",
+    response_class=Response,
+    responses=documented(404) | {200: {"content": {"image/svg+xml": {}}}},
+)
+def get_curves(caller: Caller, parts: Inside, job_id: str) -> Response:
+    """One figure, also while the job runs: training and validation loss, best step, overfitting, learning rate."""
+    with parts.database.reading() as session:
+        jobs.get(session, caller.user_id, job_id)
+        figure = curves.render(events.history(session, job_id))
+    return Response(figure, headers={"Cache-Control": "no-cache"}, media_type="image/svg+xml")
 
 
 def submitted(session: Session, result: tuple[Job, bool], response: Response) -> schemas.Job:
@@ -133,7 +151,7 @@ def _jobs(session: Session, rows: Sequence[Job]) -> list[schemas.Job]:
     return [_job(row, results.get(row.id)) for row in rows]
 
 
-def _job(row: Job, adapter_id: str | None) -> schemas.Job:
+def _job(row: Job, adapter: Adapter | None) -> schemas.Job:
     error = None
     if row.error_code is not None:
         error = schemas.JobError(
@@ -153,7 +171,8 @@ def _job(row: Job, adapter_id: str | None) -> schemas.Job:
         step=row.step,
         total_steps=row.total_steps,
         eta_seconds=row.eta_seconds,
-        adapter=adapter_id,
+        adapter=adapter.id if adapter is not None and adapter.deleted_at is None else None,
+        metrics=adapter.metrics if adapter is not None else None,
         error=error,
         created_at=row.created_at,
         started_at=row.started_at,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_engine import adapter, base_model
 from lora_engine.adapter import Adapter, LoraWeights
-from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec
+from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec, from_mapping
 from lora_engine.errors import AdapterError
 from lora_engine.train import Training
 from tests.lora_engine import peft_adapters
@@ -187,7 +187,23 @@ def test_missing_and_torn_files_are_named(tmp_path: Path) -> None:
         adapter.read(tmp_path / "a")
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(rank=4), LoraConfig(rank=3, alpha=5, use_rslora=True)], ids=str)
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(rank=4),
+        LoraConfig(rank=3, alpha=5, use_rslora=True),
+        LoraConfig(
+            rank=4,
+            target_modules=["query", "mlp", "layers.1.*.o_proj"],
+            use_rslora=True,
+            rank_pattern={"mlp": 2, "layers.0.*": 8},
+            alpha_pattern={"o_proj": 3},
+            learning_rate_pattern={"down_proj": 1e-3},
+            lora_plus_ratio=2,
+        ),
+    ],
+    ids=["one rank", "rsLoRA", "patterns"],
+)
 def test_stock_peft_computes_what_the_engine_trained(lora: LoraConfig, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "base")
     rows = [{"prompt": f"What is {number}? ", "completion": f"It is {number * 7}."} for number in range(8)]
@@ -212,3 +228,9 @@ def test_stock_peft_computes_what_the_engine_trained(lora: LoraConfig, tmp_path:
         peft = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))(ids).logits
     torch.testing.assert_close(peft, trained, rtol=1e-4, atol=1e-4)
     assert (trained - plain).abs().max() > 0.1
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["r"] == max(lora.rank, *lora.rank_pattern.values(), 0)
+    # Whoever trains again from the lineage gets the same ranks: the order of a pattern's entries counts.
+    lineage = json.loads((tmp_path / "adapter/lineage.json").read_text())["lora"]
+    assert list(lineage["rank_pattern"]) == list(lora.rank_pattern)
+    assert from_mapping(LoraConfig, lineage) == lora

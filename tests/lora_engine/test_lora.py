@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lora_engine import base_model, lora, nf4, optim
-from lora_engine.base_model import BaseModel, describe, linear_modules
-from lora_engine.config import LoraConfig
+from lora_engine import base_model, lora, optim, quantized
+from lora_engine.base_model import BaseModel
+from lora_engine.config import LoraConfig, TrainingConfig
 from lora_engine.dropout import keep_mask
 from lora_engine.errors import SpecError
-from lora_engine.lora import Adapted, attach, targets, trainable_parameters
+from lora_engine.lora import Adapted, attach
 from lora_engine.product import Segment, Slot
-from tests.tiny_model import make_llama_config, make_tiny_gpt2, make_tiny_model
+from tests.tiny_model import make_tiny_gpt2, make_tiny_model
 
+QKV = ("q_proj", "k_proj", "v_proj")
 CONFIG = LoraConfig(rank=4, alpha=12.0, target_modules=["q_proj", "v_proj", "down_proj"])
 IDS = torch.arange(3, 63).view(3, 20)
-SEVEN_B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
-EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +62,8 @@ def peft_twin(adapted: Adapted, model: Any, config: LoraConfig) -> tuple[Any, di
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.resolved_alpha,
+        rank_pattern={name: shape.rank for name, shape in adapted.shapes.items()},
+        alpha_pattern={name: shape.alpha for name, shape in adapted.shapes.items()},
         target_modules=list(adapted.layers),
         use_rslora=config.use_rslora,
         task_type="CAUSAL_LM",
@@ -79,7 +80,7 @@ def dequantized_twin(base: BaseModel) -> Any:
     """A plain model whose linear weights are the dequantised ones."""
     model = AutoModelForCausalLM.from_pretrained(base.folder)
     for name, module in base.model.named_modules():
-        if isinstance(module, nf4.NF4Linear):
+        if isinstance(module, quantized.QuantizedLinear):
             weight = model.get_submodule(name).weight
             weight.data.copy_(
                 module.dequantized() if isinstance(model.get_submodule(name), nn.Linear) else module.dequantized().t()
@@ -93,9 +94,20 @@ def dequantized_twin(base: BaseModel) -> Any:
     [
         (make_tiny_model, CONFIG),
         (make_tiny_model, LoraConfig(rank=4, use_rslora=True)),
+        (
+            make_tiny_model,
+            LoraConfig(
+                rank=4,
+                use_rslora=True,
+                rank_pattern={"mlp": 2, "layers.1.*.up_proj": 6},
+                alpha_pattern={"q_proj": 3},
+                learning_rate_pattern={"layers.0.*": 1e-3},
+                lora_plus_ratio=4,
+            ),
+        ),
         (make_tiny_gpt2, LoraConfig(rank=3, target_modules=["c_attn", "c_proj"])),
     ],
-    ids=["llama", "rslora", "gpt2"],
+    ids=["llama", "rslora", "patterns", "gpt2"],
 )
 def test_a_step_is_the_one_peft_makes(
     make: Callable[[Path], Path], config: LoraConfig, quantization: str, tmp_path: Path
@@ -118,16 +130,30 @@ def test_a_step_is_the_one_peft_makes(
         slot = adapted.layers[name].slots[0]
         assert_close(slot.A.grad, theirs.lora_A.default.weight.grad)
         assert_close(slot.B.grad, theirs.lora_B.default.weight.grad)
+        # Adam divides each gradient by its own size, which would magnify the rounding of those near zero.
+        slot.A.grad.copy_(theirs.lora_A.default.weight.grad)
+        slot.B.grad.copy_(theirs.lora_B.default.weight.grad)
 
     trainable = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     their_norm = nn.utils.clip_grad_norm_(trainable, 0.5)
     assert optim.clip(adapted.gradients, 0.5) == pytest.approx(float(their_norm), rel=1e-5)
-    torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.1).step()
-    optim.Optimizer(adapted.parameters, adapted.gradients, weight_decay=0.1).step(1e-2)
+    torch.optim.AdamW(_groups(layers, config), weight_decay=0.1).step()
+    settings = TrainingConfig(learning_rate=2e-2, weight_decay=0.1)  # half of it, as a schedule has it
+    optim.Optimizer(adapted.parameters, adapted.gradients, settings, adapted.rates).step(1e-2)
     for name, theirs in layers.items():
         weights = adapted.weights()[name]
         assert_close(weights.A, theirs.lora_A.default.weight)
         assert_close(weights.B, theirs.lora_B.default.weight)
+
+
+def _groups(layers: dict[str, Any], config: LoraConfig) -> list[dict[str, Any]]:
+    """One parameter group a factor, with half its peak rate, of a peak of 2e-2."""
+    slow = 0.5e-3 if config.learning_rate_pattern else 1e-2
+    return [
+        {"params": [factor.default.weight], "lr": (slow if ".layers.0." in f".{name}" else 1e-2) * ratio}
+        for name, layer in layers.items()
+        for factor, ratio in ((layer.lora_A, 1), (layer.lora_B, config.lora_plus_ratio or 1))
+    ]
 
 
 def test_at_first_the_logits_are_the_bases(loaded: BaseModel) -> None:
@@ -231,7 +257,7 @@ def test_bf16_computes_with_copies_of_fp32_masters(folder: Path) -> None:
     base = base_model.load(folder, compute_dtype="bf16")
     adapted = attach(base, CONFIG, seed=1)
     logits(base.model).logsumexp(-1).sum().backward()
-    optimizer = optim.Optimizer(adapted.parameters, adapted.gradients, 0.0)
+    optimizer = optim.Optimizer(adapted.parameters, adapted.gradients, TrainingConfig(), adapted.rates)
     before = adapted.parameters.clone()
     optimizer.step(1e-6)
     adapted.refresh()
@@ -245,6 +271,73 @@ def test_bf16_computes_with_copies_of_fp32_masters(folder: Path) -> None:
     assert 0 < float(moved.max()) <= 1.01e-6
 
 
+def test_factors_of_one_rate_lie_together_and_those_of_one_input_are_one_matrix(loaded: BaseModel) -> None:
+    """A before B within a rate; and every parameter has one rate."""
+    config = LoraConfig(
+        rank=4,
+        rank_pattern={"k_proj": 2},
+        learning_rate_pattern={"layers.1.self_attn.*": 1e-3},
+        lora_plus_ratio=16,
+        target_modules="all-linear",
+    )
+    adapted = attach(loaded, config, seed=1)
+    found: dict[tuple[float | None, float], set[str]] = {}
+    for rate in adapted.rates:
+        marked = torch.zeros_like(adapted.parameters)
+        marked[rate.where] = 1
+        before = adapted.parameters.clone()
+        adapted.parameters.add_(marked)
+        found[rate.peak, rate.ratio] = {
+            f"{name} {factor}"
+            for name, layer in adapted.layers.items()
+            for factor in "AB"
+            if not torch.equal(getattr(layer.slots[0], factor), _view_of(before, adapted, name, factor))
+        }
+        adapted.parameters.copy_(before)
+    adapted.detach()
+    attention = {name for name in adapted.layers if name.startswith("model.layers.1.self_attn")}
+    others = set(adapted.layers) - attention
+    assert found == {
+        (peak, ratio): {f"{name} {factor}" for name in names}
+        for peak, names in ((None, others), (1e-3, attention))
+        for ratio, factor in ((1.0, "A"), (16.0, "B"))
+    }
+    assert [rate.where.start for rate in adapted.rates] == [0, *(rate.where.stop for rate in adapted.rates[:-1])]
+    assert adapted.rates[-1].where.stop == len(adapted.parameters)
+    for layer in (0, 1):
+        As = [adapted.layers[f"model.layers.{layer}.self_attn.{name}"].slots[0].A for name in QKV]
+        assert [len(A) for A in As] == [4, 2, 4]
+        for A, following in itertools.pairwise(As):
+            assert A.data_ptr() + A.nbytes == following.data_ptr()
+
+
+def _view_of(parameters: Tensor, adapted: Adapted, name: str, factor: str) -> Tensor:
+    tensor: Tensor = getattr(adapted.layers[name].slots[0], factor)
+    return parameters[tensor.storage_offset() :][: tensor.numel()].view(tensor.shape)
+
+
+def test_without_patterns_there_is_one_rate(adapted: Adapted) -> None:
+    assert adapted.rates == (optim.Rate(slice(0, len(adapted.parameters))),)
+
+
+def test_dropout_masks_go_with_the_input_and_not_with_the_choice_of_modules(loaded: BaseModel) -> None:
+    def indices(entries: Any) -> dict[str, int]:
+        adapted = attach(loaded, LoraConfig(target_modules=entries), seed=1)
+        found = {name: layer.index for name, layer in adapted.layers.items()}
+        adapted.detach()
+        return found
+
+    every = indices("all-linear")
+    inputs = {name: name.rpartition(".")[2] for name in every}
+    first = {name: every[name] for name in inputs if ".0." in name}
+    assert len({first[name] for name in first if inputs[name] in QKV}) == 1
+    assert len({first[name] for name in first if inputs[name] in ("gate_proj", "up_proj")}) == 1
+    assert len(set(every.values())) == 2 * 4  # q/k/v, o, gate/up, down
+    alone = indices(["layers.1.*.v_proj", "lm_head"])
+    assert alone["model.layers.1.self_attn.v_proj"] == every["model.layers.1.self_attn.v_proj"]
+    assert alone["lm_head"] not in every.values()
+
+
 def test_the_initial_factor_is_pefts_distribution_and_a_function_of_seed_and_name() -> None:
     drawn = lora.initial_factor(3, "model.layers.0.mlp.up_proj", 64, 256)
     assert torch.equal(drawn, lora.initial_factor(3, "model.layers.0.mlp.up_proj", 64, 256))
@@ -252,40 +345,6 @@ def test_the_initial_factor_is_pefts_distribution_and_a_function_of_seed_and_nam
     assert not torch.equal(drawn, lora.initial_factor(3, "model.layers.1.mlp.up_proj", 64, 256))
     assert float(drawn.abs().max()) <= 256**-0.5
     assert float(drawn.std()) == pytest.approx(256**-0.5 / 3**0.5, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("names", "rank", "expected"),
-    [
-        (["q_proj", "v_proj"], 8, 4_194_304),
-        (EVERY_LINEAR, 8, 20_277_248),
-        (EVERY_LINEAR, 256, 648_871_936),
-    ],
-)
-def test_parameters_of_llama_2_7b(names: list[str], rank: int, expected: int, tmp_path: Path) -> None:
-    description = describe(make_llama_config(tmp_path, **SEVEN_B))
-    assert description.parameters == 6_738_415_616
-    chosen = targets(description.modules, LoraConfig(rank=rank, target_modules=names))
-    assert trainable_parameters(chosen, rank) == expected
-
-
-def test_target_modules_by_last_name_by_full_name_and_all(loaded: BaseModel) -> None:
-    modules = linear_modules(loaded.model)
-
-    def names(value: Any) -> list[str]:
-        return [module.name for module in targets(modules, LoraConfig(target_modules=value))]
-
-    assert names(["v_proj"]) == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
-    assert names(["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
-    assert len(names("all-linear")) == 14
-    assert "lm_head" not in names("all-linear")
-    assert names(["lm_head"]) == ["lm_head"]
-
-
-def test_an_unknown_target_module_is_refused_with_the_known_ones(loaded: BaseModel) -> None:
-    with pytest.raises(SpecError, match=r"'proj'; there are .*q_proj") as caught:
-        attach(loaded, LoraConfig(target_modules=["q_proj", "proj"]), seed=0)
-    assert caught.value.field == "lora.target_modules"
 
 
 def test_an_output_head_is_adapted_unless_it_is_tied(loaded: BaseModel, tmp_path: Path) -> None:
@@ -297,10 +356,3 @@ def test_an_output_head_is_adapted_unless_it_is_tied(loaded: BaseModel, tmp_path
     with pytest.raises(SpecError, match="shares its weight"):
         attach(tied, LoraConfig(target_modules=["q_proj", "lm_head"]), seed=0)
     assert isinstance(tied.model.model.layers[0].self_attn.q_proj, nn.Linear)
-
-
-def test_last_names_stand_for_modules_only_where_they_name_no_other(loaded: BaseModel) -> None:
-    modules = linear_modules(loaded.model)
-    both = targets(modules, LoraConfig(target_modules=["q_proj"]))
-    assert lora.last_names(modules, both) == ("q_proj",)
-    assert lora.last_names(modules, both[:1]) == ("model.layers.0.self_attn.q_proj",)

@@ -1,9 +1,12 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from lora_engine import optim
 from lora_engine.__main__ import main
 from tests.tiny_model import make_tiny_model
 
@@ -31,6 +34,7 @@ def test_train_writes_the_adapter_and_prints_metrics(spec: Path, capsys: pytest.
     assert metrics["validation_loss_after"] < metrics["validation_loss_before"]
     assert output.err.count("\nstep ") + output.err.startswith("step ") == 3
     assert (spec.parent / "out" / "adapter" / "adapter_model.safetensors").exists()
+    assert "lowest validation loss" in (spec.parent / "out" / "adapter" / "curves.svg").read_text()
     lineage = json.loads((spec.parent / "out" / "adapter" / "lineage.json").read_text())
     assert len(lineage["base_digest"]) == 64
 
@@ -87,3 +91,20 @@ def test_a_spec_that_is_not_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "spec.json").write_text("{")
     assert main(["train", str(tmp_path / "spec.json")]) == 2
     assert capsys.readouterr().err.startswith("invalid_spec: ")
+
+
+def test_a_training_that_diverged_keeps_its_last_good_adapter(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    norms = iter([1.0, 1.0, math.nan, math.inf])
+    monkeypatch.setattr(optim, "clip", lambda *_: next(norms))
+    path = write(spec.parent, training={"epochs": 2, "global_batch": 4, "max_nonfinite_steps": 2})
+    assert main(["train", str(path)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.splitlines()[-1].startswith("diverged: ")
+    assert "step 3/6  skipped: not finite" in output.err
+    folder = spec.parent / "out" / "adapter"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
+    assert "2 steps" in (folder / "curves.svg").read_text()

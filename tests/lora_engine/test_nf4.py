@@ -1,57 +1,90 @@
+import subprocess
+import sys
+
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from torch import nn
+from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_4bit, get_4bit_type, quantize_4bit
 
 from lora_engine import nf4
-from lora_engine.nf4 import NF4Linear
 
-WEIGHT = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)) * 0.05
-X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+SHAPES = [(96, 64), (300, 1024), (7, 9), (3, 37), (100, 130), (1, 64)]
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_dequantised_weight_is_that_of_bitsandbytes(dtype: torch.dtype) -> None:
-    packed, state = quantize_4bit(WEIGHT.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4")
-    layer = NF4Linear(WEIGHT.to(dtype), None, dtype)
-    assert layer.dequantized().dtype == dtype
-    assert torch.equal(layer.dequantized(), dequantize_4bit(packed, state))
-    assert 0 < float((layer.dequantized() - WEIGHT).abs().max()) < 0.05
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def reference(weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
+    return quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")  # type: ignore[no-any-return]
+
+
+def assert_equal_to_bitsandbytes(weight: torch.Tensor) -> None:
+    packed, statistics = nf4.quantize(weight)
+    expected, state = reference(weight)
+    assert torch.equal(packed, expected.flatten())
+    assert torch.equal(statistics.codes, state.absmax)
+    assert torch.equal(statistics.scales, state.state2.absmax)
+    assert torch.equal(statistics.offset, state.offset)
+    for dtype in DTYPES:
+        state.dtype = dtype
+        dequantised = nf4.dequantize(packed, statistics.absmax(), torch.empty(weight.shape, dtype=dtype))
+        assert torch.equal(dequantised, dequantize_4bit(expected, state))
+
+
+def test_the_tables_are_those_of_bitsandbytes() -> None:
+    levels, dynamic = nf4.tables(torch.device("cpu"))
+    assert torch.equal(levels, get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(dynamic, create_dynamic_map())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_bit_is_that_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_equal_to_bitsandbytes(values(*shape).to(dtype))
+
+
+def test_chunks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4, "_CHUNK", 256)
+    assert_equal_to_bitsandbytes(values(101, 67))
+
+
+def test_values_on_the_borders_between_levels() -> None:
+    levels = torch.tensor(nf4.LEVELS)
+    borders = (levels[:-1] + levels[1:]) / 2
+    up, down = (torch.nextafter(borders, torch.tensor(end)) for end in (1.0, -1.0))
+    assert_equal_to_bitsandbytes(torch.cat([borders, up, down, torch.ones(19)])[None])
+
+
+def test_blocks_of_zeros_and_of_outliers() -> None:
+    weight = values(128, 128)
+    weight[3:40] = 0
+    weight[50, 7] = 100.0
+    assert_equal_to_bitsandbytes(weight)
+    assert_equal_to_bitsandbytes(torch.zeros(64, 64))
+    assert_equal_to_bitsandbytes(torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_codes_are_found_again_in_the_dequantised_values(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    packed, statistics = nf4.quantize(values(*shape))
+    dequantised = nf4.dequantize(packed, statistics.absmax(), torch.empty(shape, dtype=dtype))
+    assert torch.equal(nf4.encode(dequantised, statistics.absmax()), packed)
 
 
 def test_storage_is_what_qlora_promises() -> None:
     """4 bit per weight, 8 per block of 64, 32 per 256 blocks: 4.127."""
-    weight = torch.randn(1024, 1024)
-    layer = NF4Linear(weight, None, torch.float32)
-    state = layer.state
-    size = layer.packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    weight = values(1024, 1024)
+    packed, statistics = nf4.quantize(weight)
+    size = packed.nbytes + sum(tensor.nbytes for tensor in statistics)
     assert 8 * size / weight.numel() == pytest.approx(4.127, abs=5e-4)
 
 
-def test_product_and_gradient_with_and_without_keeping_the_dequantised_weight() -> None:
-    bias = nn.Parameter(torch.ones(96), requires_grad=False)
-    layer = NF4Linear(WEIGHT, bias, torch.float32)
-    results = []
-    for keep in (False, True, False):
-        layer.keep_dequantized(keep)
-        x = X.clone().requires_grad_()
-        y = layer(x)
-        y.sin().sum().backward()
-        results.append((y.detach(), x.grad))
-    expected = X @ layer.dequantized().t() + 1
-    torch.testing.assert_close(results[0][0], expected)
-    torch.testing.assert_close(results[0][1], expected.cos() @ layer.dequantized())
-    for y, gradient in results[1:]:
-        assert torch.equal(y, results[0][0])
-        assert torch.equal(gradient, results[0][1])  # type: ignore[arg-type]
-
-
-def test_dequantizing_once_reaches_every_layer_and_is_undone() -> None:
-    model = nn.Sequential(
-        NF4Linear(WEIGHT, None, torch.float32), nn.ReLU(), NF4Linear(WEIGHT.t().contiguous(), None, torch.float32)
+def test_bitsandbytes_is_not_imported_on_a_cpu() -> None:
+    code = (
+        "import sys, torch; from lora_engine.quantized import NF4Linear; "
+        "layer = NF4Linear(torch.randn(64, 64), None, torch.bfloat16); layer(torch.randn(2, 64).bfloat16()); "
+        "assert 'bitsandbytes' not in sys.modules"
     )
-    nf4.dequantize_once(model, True)
-    kept = [layer.dequantized() for layer in nf4.layers(model)]
-    assert all(first is layer.dequantized() for first, layer in zip(kept, nf4.layers(model), strict=True))
-    nf4.dequantize_once(model, False)
-    assert all(first is not layer.dequantized() for first, layer in zip(kept, nf4.layers(model), strict=True))
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_engine import adapter, base_model, data, nf4, plan
+from lora_engine import adapter, base_model, data, plan, quantized
 from lora_engine.base_model import BaseModel
 from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec
 from lora_engine.errors import CheckpointError, DataError, Diverged, OutOfMemory, SpecError
@@ -156,10 +157,9 @@ def test_micro_batches_do_not_change_the_gradient(spec: Spec, base: BaseModel, m
         monkeypatch.setitem(plan._PREFERRED_TOKENS, "cpu", tokens)
         with Training(spec(), base) as training:
             documents = training._documents_of(0)
-            batches = list(data.micro_batches(documents, training.plan.micro_batch_tokens, base.device))
             randomize(training)
-            loss = training._accumulate(documents, sum(document.trained_tokens for document in documents))
-            found.append((len(batches), loss, training._adapted.gradients.clone()))
+            loss, _ = training._accumulate(sum(document.trained_tokens for document in documents))
+            found.append((len(training._batches(0)), loss, training._adapted.gradients.clone()))
     assert len({count for count, _, _ in found}) >= 2
     for _, loss, gradients in found[1:]:
         assert loss == pytest.approx(found[0][1], rel=1e-5)
@@ -185,7 +185,7 @@ def test_the_loss_is_per_target_token_of_the_whole_step(spec: Spec, base: BaseMo
         documents = training._documents_of(0)
         assert sorted(document.trained_tokens for document in documents) == [10, 190]
         object.__setattr__(training.plan, "micro_batch_tokens", 8)
-        loss = training._accumulate(documents, 200)
+        loss, _ = training._accumulate(200)
         total = 0.0
         for document in documents:
             logits = base.model(input_ids=document.ids[None].long()).logits[0, :-1].double()
@@ -265,7 +265,7 @@ def test_a_second_job_on_a_warm_base_gives_the_bytes_of_a_fresh_one(
     warm = base_model.load(folder, quantization=quantization)
     train(spec("first", quantization=quantization, seed=3), warm)
     train(spec("warm", quantization=quantization, max_steps=4), warm)
-    assert all(layer.dequantized() is not layer.dequantized() for layer in nf4.layers(warm.model))  # none is kept
+    assert all(layer.dequantized() is not layer.dequantized() for layer in quantized.layers(warm.model))  # none is kept
     train(spec("fresh", quantization=quantization, max_steps=4), base_model.load(folder, quantization=quantization))
     assert adapter_bytes(spec("warm")) == adapter_bytes(spec("fresh"))
     assert adapter_bytes(spec("warm")) != adapter_bytes(spec("first"))
@@ -289,27 +289,147 @@ def test_adapter_files_name_what_they_were_made_from(spec: Spec, base: BaseModel
     ]  # fmt: skip
 
 
-def test_what_is_not_finite_is_never_applied(spec: Spec, base: BaseModel) -> None:
+def not_finite(training: Training, monkeypatch: pytest.MonkeyPatch, at: tuple[int, ...]) -> None:
+    """Have the gradients of some steps (counted from 1) end in NaN."""
+    accumulate = training._accumulate
+
+    def broken(targets: int) -> tuple[float, int]:
+        result = accumulate(targets)
+        if training.step + 1 in at:
+            training._adapted.gradients[3] = math.nan
+        return result
+
+    monkeypatch.setattr(training, "_accumulate", broken)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_said(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Training(spec(), base) as training:
-        steps = training.steps()
-        next(steps)
-        layer = next(iter(training._adapted.layers.values()))
-        layer.slots[0].A.data[0, 0] = math.inf
-        before = training._adapted.parameters.clone()
-        with pytest.raises(Diverged) as caught:
-            next(steps)
-        assert caught.value.facts == {"step": 2}
-        assert torch.equal(training._adapted.parameters, before)
+        not_finite(training, monkeypatch, at=(2, 3, 5))
+        parameters = []
+        steps = []
+        for step in training.steps():
+            steps.append(step)
+            parameters.append(training._adapted.parameters.clone())
+        metrics = training.finish()
+    assert [step.step for step in steps if step.skipped] == [2, 3, 5]
+    assert [torch.equal(one, other) for one, other in pairwise(parameters)][:4] == [True, True, False, True]
+    assert metrics["skipped_steps"] == 3
+    assert metrics["trained_tokens"] == sum(step.trained_tokens for step in steps if not step.skipped)
+    assert math.isfinite(metrics["train_loss"])
 
 
-def test_running_out_of_memory_is_an_engine_error(spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_in_a_row_that_are_not_finite_end_the_job_with_the_last_good_adapter(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, job = spec("good", max_steps=2, schedule="constant"), spec(schedule="constant", max_nonfinite_steps=2)
+    train(good, base)
+    with Training(job, base) as training:
+        not_finite(training, monkeypatch, at=(3, 4))
+        with pytest.raises(Diverged, match="2 steps in a row; lower the learning rate") as caught:
+            list(training.steps())
+        training.finish()
+    assert caught.value.facts == {"step": 4}
+    weights = "adapter_model.safetensors"
+    assert adapter_bytes(job)[weights] == adapter_bytes(good)[weights]
+
+
+def test_a_step_without_enough_memory_is_made_again_in_smaller_pieces(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = train(spec("straight", max_steps=3), base)
+    tried: list[tuple[int, int]] = []
+    with Training(spec(max_steps=3), base) as training:
+        run = training._run
+        gradients = run.gradients
+
+        def full(batch: Any, divisor: float, dropout: Any) -> float:
+            loss = gradients(batch, divisor, dropout)
+            tried.append((run.recomputed, batch.rows))
+            if batch.rows > 128:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+            return loss
+
+        monkeypatch.setattr(run, "gradients", full)
+        steps = list(training.steps())
+        assert training.plan.recomputed_layers == run.layers == 2
+        assert training.plan.micro_batch_tokens <= 128
+    assert [recomputed for recomputed, _ in tried[:2]] == [0, 2]
+    for found, right in zip(steps, expected, strict=True):
+        assert found.loss == pytest.approx(right.loss, rel=1e-5)
+        assert found.grad_norm == pytest.approx(right.grad_norm, rel=1e-4)
+
+
+def test_running_out_of_memory_for_one_document_is_an_engine_error(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
     with Training(spec(validation_fraction=0), base) as training:
-        monkeypatch.setattr("lora_engine.train.summed_loss", full)
-        with pytest.raises(OutOfMemory):
+        monkeypatch.setattr(training._run, "gradients", full)
+        with pytest.raises(OutOfMemory, match="did not fit"):
             next(training.steps())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with Training(spec(validation_fraction=0), base) as training:
+        monkeypatch.setattr(training._run, "gradients", broken)
+        with pytest.raises(RuntimeError, match="shapes do not fit"):
+            next(training.steps())
+
+
+def test_the_best_adapter_is_kept_and_training_ends_when_it_gets_no_better(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 3.8, 3.9])
+    reference = spec("reference", max_steps=4, epochs=4, schedule="constant", warmup_ratio=0.0)
+    train(reference, base)
+    job = spec(epochs=4, eval_every=2, early_stopping_patience=3, schedule="constant", warmup_ratio=0.0)
+    with Training(job, base) as training:
+        monkeypatch.setattr(training._run, "loss", lambda batch: next(losses) * batch.trained_tokens)
+        steps = list(training.steps())
+        assert steps[-1].step == 10
+        assert not steps[-1].checkpoint_due
+        metrics = training.finish()
+    assert (metrics["best_step"], metrics["best_validation_loss"]) == (4, 3.0)
+    assert (metrics["stopped_early"], metrics["steps"]) == (True, 10)
+    assert metrics["validation_loss_after"] == pytest.approx(3.7)
+    weights = "adapter_model.safetensors"
+    assert adapter_bytes(job)[weights] == adapter_bytes(reference)[weights]
+    assert adapter_bytes(job)["curves.svg"].startswith(b"<svg")
+
+
+def test_a_job_that_stopped_early_stays_stopped_after_a_resume(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = spec(epochs=4, eval_every=1, early_stopping_patience=1, learning_rate=1.0, checkpoint_every=1)
+    with Training(job, base) as training:
+        losses = iter([5.0, 4.0, 4.5])
+        monkeypatch.setattr(training._run, "loss", lambda batch: next(losses) * batch.trained_tokens)
+        assert len(list(training.steps())) == 2
+        checkpoint = training.checkpoint()
+        metrics = training.finish()
+    with Training(job, base) as training:
+        training.resume(checkpoint)
+        assert list(training.steps()) == []
+        assert training.finish() == metrics
+
+
+def test_each_step_says_how_fast_it_was(spec: Spec, base: BaseModel) -> None:
+    steps, _ = train(spec(max_steps=2), base)
+    for step in steps:
+        assert step.tokens_per_second == pytest.approx(step.tokens / step.seconds)
+        assert step.limit_fraction is not None and 0 < step.limit_fraction < 1  # noqa: PT018 - for the type checker
+        assert step.recompute_share == 0
+        assert step.peak_bytes > 10**7
+        assert not step.skipped
 
 
 def test_a_separate_validation_dataset_leaves_all_examples_for_training(

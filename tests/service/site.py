@@ -85,10 +85,10 @@ class Site:
         stored = put_folder(self.storage, prefix, source)
         adapter_id = leases.new_adapter_id()
         with self.database.unit_of_work() as session:
-            leases.succeed(
-                session, claim, adapter_id=adapter_id, prefix=prefix, files=stored, digest="d" * 64, rank=8,
-                metrics={"train_loss": 0.5},
-            )  # fmt: skip
+            result = leases.Result(
+                adapter_id=adapter_id, prefix=prefix, files=stored, digest="d" * 64, rank=8, metrics={"train_loss": 0.5}
+            )
+            leases.succeed(session, claim, result)
         return adapter_id
 
 

@@ -158,8 +158,8 @@ def test_cancel_racing_publish_has_one_winner(database: Database, owner: str) ->
             jobs.cancel(session, owner, claim.job_id)
 
         def publish(session: Session, claim: leases.Claim = claim) -> None:
-            adapter = {"adapter_id": new_id("adapter"), "prefix": "p", "files": [], "digest": "d"}
-            leases.succeed(session, claim, **adapter, rank=1, metrics={})
+            result = leases.Result(adapter_id=new_id("adapter"), prefix="p", files=[], digest="d", rank=1, metrics={})
+            leases.succeed(session, claim, result)
 
         def attempt(act: Any, start: threading.Barrier = start, answers: dict[str, bool] = answers) -> None:
             start.wait()

@@ -1,13 +1,15 @@
 """The state machine, on both databases: every transition, and everything that a stale epoch must not do."""
 
+from typing import Any
+
 import pytest
-from sqlalchemy import select, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service import jobs, leases
 from service.db import Database, now
-from service.leases import Claim, Fenced, Progress
+from service.leases import Claim, Fenced, Progress, Result
 from service.models import Adapter, Checkpoint, Job, JobEvent, OutboxMessage
 from tests.service import rows
 
@@ -43,17 +45,19 @@ def reap(database: Database) -> list[str]:
         return leases.reap(session)
 
 
-def publish(session: Session, claim: Claim) -> None:
-    leases.succeed(
-        session,
-        claim,
+def result(**metrics: Any) -> Result:
+    return Result(
         adapter_id=leases.new_adapter_id(),
         prefix="adapters/x/e1",
         files=[{"name": "a", "size": 1, "sha256": "0" * 64}],
         digest="d" * 64,
         rank=4,
-        metrics={"steps": 3},
+        metrics={"steps": 3, **metrics},
     )
+
+
+def publish(session: Session, claim: Claim) -> None:
+    leases.succeed(session, claim, result())
 
 
 def test_claims_go_by_priority_then_age_and_raise_the_epoch(database: Database) -> None:
@@ -206,6 +210,64 @@ def test_a_failure_says_why(database: Database) -> None:
     job = job_of(database, job_id)
     assert (job.state, job.error_code, job.error_category) == ("failed", "diverged", "user")
     assert job.error_message == "lower the rate"
+
+
+def test_a_failure_may_leave_an_adapter(database: Database) -> None:
+    job_id = rows.add_job(database)
+    claim, left = running(database), result(best_step=3)
+    for _ in range(2):  # the answer to the first may be lost
+        with database.unit_of_work() as session:
+            leases.fail(session, claim, "diverged", "user", "lower the rate", left)
+    with database.reading() as session:
+        adapter = session.scalars(select(Adapter)).one()
+    assert (adapter.id, adapter.job_id, adapter.metrics["best_step"]) == (left.adapter_id, job_id, 3)
+    assert job_of(database, job_id).state == "failed"
+    assert told(database, job_id)[-2:] == ["The last good adapter was kept", "Failed: lower the rate"]
+
+
+def test_a_failure_after_a_cancel_leaves_nothing(database: Database) -> None:
+    job_id = rows.add_job(database)
+    claim = running(database)
+    with database.unit_of_work() as session:
+        jobs.cancel(session, claim.owner_id, job_id)
+    with database.unit_of_work() as session:
+        leases.fail(session, claim, "diverged", "user", "lower the rate", result())
+    with database.reading() as session:
+        assert session.scalar(select(func.count()).select_from(Adapter)) == 0
+    assert job_of(database, job_id).state == "cancelled"
+
+
+def told(database: Database, job_id: str) -> list[str]:
+    with database.reading() as session:
+        return list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)))
+
+
+def test_a_success_tells_what_the_owner_should_know(database: Database) -> None:
+    job_id = rows.add_job(database)
+    claim = running(database)
+    with database.unit_of_work() as session:
+        leases.succeed(session, claim, result(stopped_early=True, overfitting_epoch=1.5, best_step=2))
+    assert told(database, job_id)[-4:] == [
+        "Stopped early after step 3: the validation loss did not fall any more",
+        "The adapter is that of step 2, where the validation loss was lowest",
+        "Overfitting began at epoch 1.50: from there on the validation loss rose while the training loss fell",
+        "Succeeded",
+    ]
+
+
+def test_a_skipped_step_is_a_warning(database: Database) -> None:
+    rows.add_job(database)
+    claim = running(database)
+    points = ({"step": 1, "loss": 2.5}, {"step": 2, "skipped": True}, {"step": 2, "validation_loss": 2.25})
+    with database.unit_of_work() as session:
+        leases.renew(session, claim, LEASE, Progress(points=points))
+    with database.reading() as session:
+        metrics = session.scalars(select(JobEvent).where(JobEvent.type == "metrics").order_by(JobEvent.seq)).all()
+    assert [(event.level, event.message) for event in metrics] == [
+        ("info", "Step 1: loss 2.5000"),
+        ("warn", "Step 2 was skipped: its loss or its gradient was not finite"),
+        ("info", "Step 2: validation loss 2.2500"),
+    ]
 
 
 @pytest.mark.parametrize("ending", ["cancelled", "fail", "retry", "release", "reap"])

@@ -110,10 +110,11 @@ def publish(database: Database, claim: Claim) -> bool:
         with database.unit_of_work() as session:
             leases.start(session, claim)
         with database.unit_of_work() as session:
-            leases.succeed(
-                session, claim, adapter_id=leases.new_adapter_id(), prefix=f"adapters/{claim.job_id}/e{claim.epoch}",
-                files=[], digest="d" * 64, rank=1, metrics={},
+            result = leases.Result(
+                adapter_id=leases.new_adapter_id(), prefix=f"adapters/{claim.job_id}/e{claim.epoch}", files=[],
+                digest="d" * 64, rank=1, metrics={},
             )  # fmt: skip
+            leases.succeed(session, claim, result)
     except Fenced:
         return False
     return True

@@ -143,7 +143,8 @@ def test_objects_of_deleted_adapters_and_of_ended_jobs_go(
         claim = leases.claim(session, "w", "cpu:1", 60)
         assert claim is not None
         leases.start(session, claim)
-        leases.succeed(session, claim, adapter_id="adapter-1", prefix=prefix, files=[], digest="d", rank=1, metrics={})
+        result = leases.Result(adapter_id="adapter-1", prefix=prefix, files=[], digest="d", rank=1, metrics={})
+        leases.succeed(session, claim, result)
     sweep.purge_leftovers(sqlite_database, local, grace_seconds=60)
     assert len(list(local.keys("jobs"))) == 1
     sweep.purge_leftovers(sqlite_database, local, grace_seconds=-1)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,8 @@ from tests.tiny_model import make_tiny_model
 from tests.worker.bench import Bench
 from worker.workspace import remove_abandoned
 
+DIVERGING: dict[str, float] = {"learning_rate": 1.0, "max_grad_norm": 1e6, "epochs": 50}
+
 
 @pytest.fixture(autouse=True)
 def _rested(bench: Bench) -> None:
@@ -34,7 +35,11 @@ def test_a_job_becomes_a_verified_adapter(bench: Bench, tmp_path: Path) -> None:
     bench.run()
     job, adapter = bench.job(job_id), bench.adapter(job_id)
     assert (job.state, job.step, job.total_steps, job.attempt) == ("succeeded", 6, 6, 1)
-    assert [point["step"] for point in bench.metrics(job_id)] == [1, 2, 3, 4, 5, 6]
+    points = bench.metrics(job_id)
+    assert [point["step"] for point in points] == [0, 1, 2, 3, 4, 5, 6]
+    assert points[0] == {"step": 0, "epoch": 0.0, "validation_loss": adapter.metrics["validation_loss_before"]}
+    assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_bytes"} <= set(points[1])
+    assert "skipped" not in points[1]
     assert adapter.metrics["validation_loss_after"] < adapter.metrics["validation_loss_before"]
     folder = bench.download(adapter, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_bytes())
@@ -176,7 +181,7 @@ def test_altered_base_files_are_refused(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("training", "code", "category", "words"),
     [
-        ({"learning_rate": 1.0, "max_grad_norm": 1e6, "epochs": 50}, "diverged", "user", "learning rate"),
+        (DIVERGING, "diverged", "user", "learning rate"),
         ({"sequence_length": 8}, "invalid_dataset", "user", "sequence_length"),
     ],
 )
@@ -189,7 +194,17 @@ def test_a_failure_says_what_the_owner_can_do(
     job = bench.job(job_id)
     assert (job.state, job.error_code, job.error_category) == ("failed", code, category)
     assert words in str(job.error_message)
-    assert bench.adapters(job_id) == 0
+
+
+def test_a_job_that_diverged_leaves_its_last_good_adapter(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit(lora={"rank": 4, "alpha": 65536.0}, **DIVERGING)
+    bench.run()
+    assert (bench.job(job_id).state, bench.job(job_id).error_code) == ("failed", "diverged")
+    adapter = bench.adapter(job_id)
+    folder = bench.download(adapter, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    assert bench.messages(job_id)[-2] == "The last good adapter was kept"
 
 
 def test_a_damaged_dataset_is_not_trained_on(bench: Bench) -> None:
@@ -263,10 +278,10 @@ def test_a_database_that_is_away_for_a_moment_costs_nothing(bench: Bench, monkey
     failures = iter((True, True, False))
     succeed = leases.succeed
 
-    def away(session: Session, claim: leases.Claim, **result: Any) -> None:
+    def away(session: Session, claim: leases.Claim, result: leases.Result) -> None:
         if next(failures, False):
             raise OperationalError("UPDATE", {}, Exception("the server closed the connection"))
-        succeed(session, claim, **result)
+        succeed(session, claim, result)
 
     monkeypatch.setattr("worker.run._RETRY_SECONDS", 0.01)
     monkeypatch.setattr(leases, "succeed", away)

@@ -30,6 +30,7 @@ def test_a_job_is_accepted_with_every_default_filled_in(site: Site) -> None:
     assert (job["spec"]["training"]["epochs"], job["spec"]["training"]["global_batch"]) == (2, 8)
     assert (job["attempt"], job["step"], job["total_steps"], job["eta_seconds"]) == (0, 0, None, None)
     assert (job["adapter"], job["error"], job["started_at"], job["finished_at"]) == (None, None, None, None)
+    assert job["metrics"] is None
     assert site.ann.get(f"/jobs/{job['id']}").json() == job
 
 
@@ -112,8 +113,10 @@ def test_a_job_tells_its_progress_and_its_result(site: Site, tmp_path: Path) -> 
     adapter_id = site.succeed(tmp_path)
     job = site.ann.get(f"/jobs/{second}").json()
     assert (job["status"], job["adapter"], job["error"]) == ("succeeded", adapter_id, None)
+    assert job["metrics"] == {"train_loss": 0.5}
     site.ann.delete(f"/adapters/{adapter_id}")
-    assert site.ann.get(f"/jobs/{second}").json()["adapter"] is None
+    job = site.ann.get(f"/jobs/{second}").json()
+    assert (job["adapter"], job["metrics"]) == (None, {"train_loss": 0.5})
 
 
 def test_cancelling(site: Site) -> None:
@@ -131,7 +134,13 @@ def test_cancelling(site: Site) -> None:
 
 def test_another_owners_job_is_like_none_at_all(site: Site) -> None:
     theirs, nobodys = site.train(), new_id("job")
-    for method, path in [("GET", ""), ("POST", "/cancel"), ("GET", "/events"), ("GET", "/metrics")]:
+    for method, path in [
+        ("GET", ""),
+        ("POST", "/cancel"),
+        ("GET", "/events"),
+        ("GET", "/metrics"),
+        ("GET", "/curves.svg"),
+    ]:
         for headers in ({}, {"accept": "text/event-stream"}):
             other = site.bob.request(method, f"/jobs/{theirs}{path}", headers=headers)
             none = site.bob.request(method, f"/jobs/{nobodys}{path}", headers=headers)
@@ -179,3 +188,34 @@ def test_metrics_as_json_and_csv(site: Site) -> None:
         {"step": "2", "loss": "1.5", "validation_loss": ""},
         {"step": "2", "loss": "", "validation_loss": "1.25"},
     ]
+
+
+def test_curves_are_drawn_of_what_was_told_so_far(site: Site) -> None:
+    job_id = site.train()
+    before = site.ann.get(f"/jobs/{job_id}/curves.svg")
+    assert (before.status_code, before.headers["content-type"]) == (200, "image/svg+xml")
+    assert "no step has been made" in before.text
+    points = [{"step": 0, "epoch": 0.0, "validation_loss": 3.0}]
+    points += [{"step": n, "epoch": n / 4, "loss": 3 - n / 10, "learning_rate": 1e-4} for n in range(1, 13)]
+    for point in points:
+        if point["step"] in (4, 8, 12):
+            point["validation_loss"] = 2 + abs(point["step"] - 4) / 10
+    with site.database.unit_of_work() as session:
+        for point in points:
+            events.append(session, job_id, "Step", type="metrics", data=point)
+        events.append(session, job_id, "Step", type="metrics", data={"step": 13, "epoch": 3.25, "skipped": True})
+    figure = site.ann.get(f"/jobs/{job_id}/curves.svg").text
+    for said in ("12 steps", "lowest validation loss 2.000 at step 4 (epoch 1.00)", "1 skipped", "overfitting from"):
+        assert said in figure, said
+
+
+def test_long_jobs_lose_points_but_no_evaluation(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "MAX_POINTS", 10)
+    job_id = site.train()
+    with site.database.unit_of_work() as session:
+        for step in range(1, 51):
+            point = {"step": step, "loss": 1.0} | ({"validation_loss": 1.0} if step % 10 == 3 else {})
+            events.append(session, job_id, "Step", type="metrics", data=point)
+    points = site.ann.get(f"/jobs/{job_id}/metrics").json()["data"]
+    assert [point["step"] for point in points if "validation_loss" in point] == [3, 13, 23, 33, 43]
+    assert len(points) < 20

@@ -30,7 +30,7 @@ def test_every_route_is_there(document: dict[str, Any]) -> None:
         "GET /datasets", "POST /datasets", "GET /datasets/{dataset_id}", "DELETE /datasets/{dataset_id}",
         "GET /datasets/{dataset_id}/content",
         "GET /jobs", "POST /jobs", "GET /jobs/{job_id}", "POST /jobs/{job_id}/cancel", "GET /jobs/{job_id}/events",
-        "GET /jobs/{job_id}/metrics",
+        "GET /jobs/{job_id}/metrics", "GET /jobs/{job_id}/curves.svg",
         "GET /adapters", "POST /adapters/merge", "GET /adapters/{adapter_id}", "DELETE /adapters/{adapter_id}",
         "GET /adapters/{adapter_id}/files", "GET /adapters/{adapter_id}/files/{name}",
         "GET /adapters/{adapter_id}/archive",

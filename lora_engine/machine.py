@@ -1,0 +1,124 @@
+"""What this machine has and does: memory, threads, the rate of its matrix products."""
+
+import ctypes
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container it is the container's own
+# glibc's mallopt: how much free memory at the heap's end is given back, and from which size on blocks are mapped.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_NEVER, _LARGEST = 2**31 - 1, 32 << 20
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free on `device` now, within the container's limit where there is one."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = _table(_MEMINFO)
+    if "MemAvailable:" not in meminfo:  # not Linux: all there is, as what is free is not told
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = meminfo["MemAvailable:"] * 1024
+    limit = _CGROUP / "memory.max"
+    if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        reclaimable = _table(_CGROUP / "memory.stat").get("inactive_file", 0)
+        available = min(available, max(0, int(text) - used + reclaimable))
+    return available
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Bytes of memory in use now: of the device's tensors, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    table = _table(_STATUS)
+    return table["VmRSS:"] * 1024 if table else peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that `resident_bytes` was since `forget_peak`, or since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    table = _table(_STATUS)
+    if table:
+        return table["VmHWM:"] * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_bytes` begin anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access(_CLEAR_REFS, os.W_OK):
+        _CLEAR_REFS.write_text("5", encoding="ascii")
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square matrix product in `dtype`, the best of five: the limit that is reckoned with."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    _seconds(a, b)
+    return 2 * size**3 / min(_seconds(a, b) for _ in range(5))
+
+
+def quickest_threads() -> int:
+    """The number of threads, up to those allowed now, with which small products run fastest on this machine as it is.
+
+    On a machine whose processors are busy, two threads wait for each other and can be far slower than one.
+    """
+    allowed = torch.get_num_threads()
+    candidates = sorted({allowed, max(1, allowed // 2), 1}, reverse=True)
+    a, b = torch.randn(256, 576), torch.randn(576, 1536)
+    timings = {}
+    for threads in candidates:
+        torch.set_num_threads(threads)
+        _seconds(a, b)
+        timings[threads] = sorted(sum(_seconds(a, b) for _ in range(4)) for _ in range(5))[2]
+    torch.set_num_threads(allowed)
+    # More threads have to earn their keep.
+    return min(candidates, key=lambda threads: timings[threads] * (1 + 0.02 * threads))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that a step frees for the next one, instead of having it mapped and cleared anew."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGEST)
+    mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says with `error` that an allocation failed; on CPUs it does so in words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def _seconds(a: Tensor, b: Tensor) -> float:
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    started = time.perf_counter()
+    a @ b
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - started
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, as the kernel writes them; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    rows = (line.split() for line in path.read_text(encoding="ascii", errors="replace").splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
