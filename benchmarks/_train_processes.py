@@ -1,5 +1,6 @@
 """Contenders as processes that take turns: one runs, the others are stopped."""
 
+import ctypes
 import json
 import os
 import signal
@@ -39,6 +40,16 @@ class Failed(Exception):
     """The contender's process ended; with the end of what it printed."""
 
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _bind(cpus: Sequence[int]) -> None:
+    """In the child: run on `cpus` alone, and do not outlive the parent, which may end while the child is stopped."""
+    os.sched_setaffinity(0, cpus)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Process:
     """A running contender. It is stopped (SIGSTOP) whenever it was not asked for anything."""
 
@@ -59,7 +70,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+                preexec_fn=lambda: _bind(cpus),
             )
         os.close(orders)
         os.close(answers)

@@ -24,8 +24,8 @@ class Result:
     """All that was measured.
 
     Attributes:
-        measured: by work and contender. `peers`: by row, the contender that was taken.
-        matmul: by work and dtype: operations per second, of each round.
+        measured: by group of rows and contender. `peers`: by row, the contender that was taken.
+        matmul: by group and dtype: operations per second, of each round.
         cold: by kind and contender: seconds of each round.
         failures: what did not run, and what it said.
     """
@@ -65,7 +65,7 @@ class Result:
         )
 
     def comparison(self, name: str, row: Row) -> tuple[Measured, Measured, Compared] | None:
-        ours, peer = (self.measured.get((row.work, key)) for key in (row.ours.name, self.peers.get(name, "")))
+        ours, peer = (self.measured.get((row.group, key)) for key in (row.ours.name, self.peers.get(name, "")))
         return (ours, peer, compared(ours, peer)) if ours and peer else None
 
 
@@ -91,7 +91,7 @@ def _head(result: Result) -> str:
         f"(bf16 matmul by threads, GFLOP/s: {calibrated}); Python {platform.python_version()}, {packages}.\n"
         f"SmolLM2-135M, r=8 on all linear layers, AdamW; {result.steps} timed steps in turns of 4 after a turn of "
         f"warm-up; rows: {result.data}. Medians [quartiles] of the turns. Tokens are those of the documents, without "
-        "padding."
+        f"padding. {'; '.join(f'*{name}*: {title}' for name, title in result.works.items())}."
     )
 
 
@@ -127,10 +127,10 @@ def _contenders(result: Result) -> str:
         "| loss, first → last 8 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (work, name), item in result.measured.items():
+    for (group, name), item in result.measured.items():
         timed = slice(item.warm_up, None)
         lines.append(
-            f"| {work} | {name} | {_spread(Spread.of(item.seconds[timed]), 3)} | {_spread(Spread.of(item.rates), 0)} "
+            f"| {group} | {name} | {_spread(Spread.of(item.seconds[timed]), 3)} | {_spread(Spread.of(item.rates), 0)} "
             f"| {sum(item.cpu[timed]) / sum(item.wall[timed]):.2f} | {item.floor / GB:.2f} | {item.load_peak / GB:.2f} "
             f"| {item.peak / GB:.2f} "
             f"| {statistics.mean(item.losses[:8]):.4f} → {statistics.mean(item.losses[-8:]):.4f} |"
@@ -150,10 +150,10 @@ def _limits(result: Result) -> str:
         "| rows | contender | matmul, GFLOP/s | share of it | targets only | computed | own |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (work, name), item in result.measured.items():
-        if work not in result.matmul:
+    for (group, name), item in result.measured.items():
+        if group not in result.matmul:
             continue
-        rates = result.matmul[work]["fp32" if "fp32" in name else "bf16"]
+        rates = result.matmul[group]["fp32" if "fp32" in name else "bf16"]
         shares = [
             _spread(limit_shares(item, result.operations, rates, head_everywhere=everywhere), 1, 100) + " %"
             for everywhere in (True, False)
@@ -161,7 +161,7 @@ def _limits(result: Result) -> str:
         computed, own = (item.reported.get(key, [])[item.warm_up :] for key in ("computed_tokens", "limit_fraction"))
         documents = sum(item.work.tokens(step) for steps in item.runs for step in steps)
         lines.append(
-            f"| {work} | {name} | {statistics.median(rates) / 1e9:.0f} | {' | '.join(shares)} "
+            f"| {group} | {name} | {statistics.median(rates) / 1e9:.0f} | {' | '.join(shares)} "
             f"| {f'{sum(computed) / documents:.0%}' if computed else '–'} "
             f"| {f'{statistics.median(own):.0%}' if own else '–'} |"
         )
@@ -204,8 +204,8 @@ def exit_status(result: Result, rows: dict[str, Row]) -> int:
     return int(any(found is not None and found[2].loss > row.tolerance for row, found in comparisons))
 
 
-def write(folder: Path, result: Result, text: str) -> None:
-    stem = folder / f"{result.day}-train-cpu{'-1-thread' if result.cpu_clock else ''}"
+def write(folder: Path, suffix: str, result: Result, text: str) -> None:
+    stem = folder / f"{result.day}-train-cpu{'-1-thread' if result.cpu_clock else ''}{suffix}"
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     values = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
     values["operations"] = dataclasses.asdict(result.operations)

@@ -1,7 +1,7 @@
 """Training: Luthier against PEFT + transformers and others, the same steps in turns on one machine.
 
     python benchmarks/train.py                              a quick subset, some minutes
-    python benchmarks/train.py --full --write               every row, 64 timed steps: an hour
+    python benchmarks/train.py --full --write               every row, 64 timed steps: one to two hours
     python benchmarks/train.py --rows stock,tuned --steps 64 --data alpaca_data.json.gz
     python benchmarks/train.py --threads 1                  one thread; CPU time is the clock: for loaded machines
 
@@ -55,17 +55,20 @@ def main() -> None:
         threads, rates = _threads(options.threads, folder)
         cpus = sorted(os.sched_getaffinity(0))[-threads:]
         result = Result.new(options, threads, rates, Operations.of(model, SETTINGS["rank"]), WORKS)
-        works = {row.work for row in rows.values()} | ({"alpaca"} if LIMIT in options.rows else set())
-        for work_name in [work for work in WORKS if work in works]:
-            chosen = {name: row for name, row in rows.items() if row.work == work_name}
-            _group(work_name, chosen, options, model, folder, cpus, result)
+        groups = dict.fromkeys(row.group for row in rows.values()) or (
+            {"alpaca": None} if LIMIT in options.rows else {}
+        )
+        for group in groups:
+            chosen = {name: row for name, row in rows.items() if row.group == group}
+            _group(group, chosen, options, model, folder, cpus, result)
         if COLD in options.rows:
             work = _work("alpaca", options, model, folder)
             result.cold = _train_cold.measure(_config(work, model, folder, cpus), folder, cpus, options.cold_rounds)
     text = _train_report.markdown(result, rows)
     print(text)
-    if options.write:
-        _train_report.write(Path(__file__).parent / "results", result, text)
+    if options.write is not None:
+        suffix = f"-{options.write}" if options.write else ""
+        _train_report.write(Path(__file__).parent / "results", suffix, result, text)
     sys.exit(_train_report.exit_status(result, rows))
 
 
@@ -80,7 +83,7 @@ def _group(
 ) -> None:
     """Measure all contenders of one work together."""
     _say(f"{name}: {', '.join(rows) or LIMIT}")
-    work = _work(name, options, model, folder)
+    work = _work(name.removesuffix("-others"), options, model, folder)
     config = _config(work, model, folder, cpus)
     contenders: dict[str, Contender] = {MATMUL.name: MATMUL} if LIMIT in options.rows else {}
     if not rows:
@@ -125,14 +128,14 @@ def _fastest(candidates: Sequence[Contender], config: dict[str, Any], folder: Pa
             _say(f"  {failure}")
             continue
         try:
-            process.run(2)
-            answer = process.run(RUN)
+            process.run(1)
+            answer = process.run(2)
             seconds[candidate.name] = sum(
                 step["cpu_seconds" if len(cpus) == 1 else "seconds"] for step in answer["steps"]
             )
         finally:
             process.close()
-        _say(f"  candidate {candidate.name}: {seconds[candidate.name]:.2f} s for {RUN} steps")
+        _say(f"  candidate {candidate.name}: {seconds[candidate.name]:.2f} s for 2 steps")
     return min((item for item in candidates if item.name in seconds), key=lambda item: seconds[item.name])
 
 
@@ -174,6 +177,7 @@ def _config(work: Work, model: Path, folder: Path, cpus: Sequence[int]) -> dict[
         "sequence_length": work.sequence_length,
         "output": str(folder / "output"),
         "threads": len(cpus),
+        "cpu_clock": len(cpus) == 1,
     }
 
 
@@ -182,9 +186,10 @@ def _threads(asked: int | None, folder: Path) -> tuple[int, dict[int, float]]:
     usable = sorted(os.sched_getaffinity(0))
     rates: dict[int, float] = {}
     for count in sorted({1, len(usable)} if asked is None else {asked}):
-        process = Process(MATMUL, {"threads": count}, folder, usable[-count:])
+        process = Process(MATMUL, {"threads": count, "cpu_clock": False}, folder, usable[-count:])
         rates[count] = max(process.run(1)["bf16"] for _ in range(2))
         process.close()
+    # A second thread that brings less than a fifth is not had: the machine is doing something else.
     return max(rates, key=lambda count: rates[count] / count**0.25), rates
 
 
@@ -210,7 +215,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, default=Path("environments"),
                         help="folder with the virtual environments trl, unsloth, torchtune, litgpt")  # fmt: skip
     parser.add_argument("--cold-rounds", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results")
+    parser.add_argument("--write", nargs="?", const="", metavar="SUFFIX", help="keep the result in benchmarks/results")
     options = parser.parse_args()
     names = (
         EVERY

@@ -2,7 +2,8 @@
 
     python -m lora_engine train spec.json [--resume]     progress to stderr, metrics as JSON to stdout;
                                                          the curves in output/adapter/curves.svg
-    python -m lora_engine plan spec.json                 what the job would do and need, as JSON
+    python -m lora_engine plan spec.json                 what the job would do, need and take, as JSON; where the base
+                                                         model has no weights, from its config alone (--memory GB)
     python -m lora_engine describe FOLDER                architecture and linear layers of a base model, as JSON
     python -m lora_engine merge spec.json                several adapters into one; its rank and parents, as JSON
     python -m lora_engine generate FOLDER [--adapter A]  greedy answers to the JSON array of prompts on stdin, as JSON
@@ -66,10 +67,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
-    """The plan of a spec file; nothing is trained."""
+    """The plan of a spec file; nothing is trained. A base model without weights is planned from its config alone."""
+    from lora_engine.plan import of_config
     from lora_engine.train import Training
 
     spec = _read_spec(TrainSpec, options.spec)
+    if not any(Path(spec.base_model).glob("*.safetensors")):
+        return to_mapping(of_config(spec, options.memory and int(options.memory * 1e9)))
     with Training(spec, _load(spec)) as training:
         return to_mapping(training.plan)
 
@@ -125,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(command.__name__, help=command.__doc__)
         subparser.add_argument("spec", type=Path)
         subparser.set_defaults(command=command, resume=False)
+        if command is plan:
+            subparser.add_argument(
+                "--memory",
+                type=float,
+                help="GB that are free on the device, for a base model known by its config alone",
+            )
         if command is train:
             subparser.add_argument("--resume", action="store_true", help="go on from the newest sound checkpoint")
     subparser = commands.add_parser("describe", help=describe.__doc__)

@@ -5,7 +5,7 @@
     README.md                   the model card
     lineage.json                base model's name and digest, and how the adapter came to be
 
-Same adapter, same bytes: no time stamps, keys in an order of their own.
+Same adapter, same bytes: no time stamps, keys in a fixed order.
 """
 
 import hashlib
@@ -139,7 +139,7 @@ def write(
     with published(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(_dump_json(config), encoding="utf-8")
-        (temporary / LINEAGE).write_text(_dump_json(facts), encoding="utf-8")
+        (temporary / LINEAGE).write_text(_dump_json(dict(sorted(facts.items()))), encoding="utf-8")
         for extra, text in (files or {}).items():
             (temporary / extra).write_text(text, encoding="utf-8")
         (temporary / "README.md").write_text(_card(name, rank, alpha, config), encoding="utf-8")
@@ -174,7 +174,7 @@ def _check_finite(module: str, *tensors: Tensor) -> None:
 
 
 def _dump_json(value: Any) -> str:
-    # Unsorted: of several entries of a rank pattern in the lineage the last one counts.
+    # Not sorted: of several entries of a rank pattern the last one counts.
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine.errors import BaseModelError
 from lora_engine.quantized import LAYERS, QuantizedLinear
+from lora_engine.target_modules import Module
 from lora_engine.weights import Weights, read_json, some
 
 
@@ -35,16 +37,6 @@ class BaseModel:
     quantization: str
     compute_dtype: torch.dtype
     digest: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """A linear layer that can be adapted: y (outputs) = W · x (inputs). `head` marks the output head."""
-
-    name: str
-    inputs: int
-    outputs: int
-    head: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +69,7 @@ def load(
         BaseModelError: files are missing or torn, need code of their own, hold other tensors than the config says, or
             values that are not finite; or the tokenizer has more ids than there are embeddings.
     """
-    place = _device(device)
+    place = device_of(device)
     dtype = _dtype(compute_dtype, place)
     model = _skeleton(folder, dtype)
     _fill(model, Weights(folder, model), place, quantization)
@@ -86,6 +78,23 @@ def load(
     model.requires_grad_(False)
     tokenizer = _tokenizer(folder, len(model.get_input_embeddings().weight))
     return BaseModel(model, tokenizer, folder, place, quantization, dtype, digest)
+
+
+def outline(folder: Path, *, quantization: str, compute_dtype: str) -> BaseModel:
+    """A base model known by its config alone: on the meta device, with shapes and no values, without a tokenizer.
+
+    Raises:
+        BaseModelError: the config is not one of a causal language model that transformers knows.
+    """
+    meta = torch.device("meta")
+    model = _skeleton(folder, _dtype(compute_dtype, meta))
+    if quantization != "none":
+        for module in linear_modules(model):
+            if not module.head:
+                plain = model.get_submodule(module.name)
+                model.set_submodule(module.name, _quantized(plain, plain.weight, quantization))
+    model.requires_grad_(False)
+    return BaseModel(model, None, folder, meta, quantization, _dtype(compute_dtype, meta))
 
 
 def describe(folder: Path) -> Description:
@@ -128,7 +137,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -155,8 +164,10 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
         raise BaseModelError("the weights are quantised already; use the model's original weights")
     try:
         config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
+        return model
     except Exception as error:  # a config that does not fit together fails in ways of its own
         raise BaseModelError(f"not a causal language model that transformers knows: {error}") from error
 

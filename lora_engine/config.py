@@ -35,7 +35,7 @@ class LoraConfig:
 
     A module is named by its last name ("q_proj"), its full name or the end of it ("mlp.up_proj"), a pattern of these
     with the wildcards of file names ("layers.[0-7].*.q_proj"; ``*`` also stands for dots), or one of the roles query,
-    key, value, projection (attention's output), mlp and head (see `target_modules.py`).
+    key, value, projection (attention's output), mlp and head. A fused layer of query, key and value takes all three.
 
     Attributes:
         rank: rows of A.

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lora_engine import target_modules
 from lora_engine.adapter import LoraWeights
-from lora_engine.base_model import BaseModel, Module, linear_modules
+from lora_engine.base_model import BaseModel, linear_modules
 from lora_engine.config import LoraConfig
 from lora_engine.errors import SpecError
 from lora_engine.optim import Rate
 from lora_engine.product import LoraLinear, Routing, Slot
-from lora_engine.target_modules import Shape
+from lora_engine.target_modules import Module, Shape
 
 
 @dataclass(slots=True)
@@ -90,7 +90,8 @@ def attach(base: BaseModel, config: LoraConfig, seed: int) -> Adapted:
         layer = LoraLinear(base.model.get_submodule(name), head_routing if module.head else routing, index)
         A, a = _views(parameters, gradients, compute, places[name, "A"], (shape.rank, module.inputs))
         B, b = _views(parameters, gradients, compute, places[name, "B"], (module.outputs, shape.rank))
-        A.data.copy_(initial_factor(seed, name, shape.rank, module.inputs))
+        if not A.is_meta:
+            A.data.copy_(initial_factor(seed, name, shape.rank, module.inputs))
         layer.slots[0] = Slot(A, B, shape.scaling, config.dropout, a, b)
         layers[name] = layer
         base.model.set_submodule(name, layer)

@@ -91,12 +91,23 @@ def quickest_threads() -> int:
 
 def keep_freed_memory() -> None:
     """Have glibc keep the memory that a step frees for the next one, instead of having it mapped and cleared anew."""
+    if (library := _glibc()) is not None:
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        library.mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give back what is free now: loading leaves holes that no step would fill."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return
-    mallopt(_MMAP_THRESHOLD, _LARGEST)
-    mallopt(_TRIM_THRESHOLD, _NEVER)
+        library = ctypes.CDLL(None)
+    except OSError:
+        return None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

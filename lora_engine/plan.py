@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import torch
 
-from lora_engine import data, machine
+from lora_engine import base_model, data, lora, machine, passes
 from lora_engine.base_model import BaseModel
-from lora_engine.config import TrainingConfig
+from lora_engine.config import TrainingConfig, TrainSpec
 from lora_engine.data import Dataset, Document
 from lora_engine.errors import WouldNotFit
 from lora_engine.passes import Batch, Pass
@@ -134,31 +135,39 @@ def make(job: Job, *, calibrate: bool = True, available: int | None = None) -> P
     """Choose and predict; `job.run` is left set up as chosen.
 
     Without `calibrate` nothing is computed: the base model may be on the meta device, and no time is predicted.
-    `available` bytes are those beside what the process holds now; left out, what the machine says.
+    `available` are the device's free bytes before anything of the job lies on it; left out, the machine is asked.
 
     Raises:
-        WouldNotFit: the longest document alone needs more memory than there is; the message says what would fit.
+        WouldNotFit: the longest document alone needs more memory than there is; the message says what would help.
     """
-    base = job.base
+    base, run = job.base, job.run
     threads = (job.threads or machine.quickest_threads()) if calibrate and base.device.type == "cpu" else 0
     if threads:
         torch.set_num_threads(threads)
-    room = machine.available_bytes(base.device) if available is None else available
-    held = base_bytes(base) + (_adapter_bytes(job) if available is None else 0)
-    limit = held + int(_RESERVE * room)
-    cheapest: int | None = None
+    if available is None:
+        # What the job has on the device already is available to it.
+        available = machine.available_bytes(base.device) + base_bytes(base) + _adapter_bytes(job)
+    limit = int(_RESERVE * available)
+    least: int | None = None
     for choice in _choices(job):
         batch = job.heaviest(choice.micro_batch_tokens)
-        needed = predicted_bytes(job, choice, batch)
-        cheapest = min(needed, cheapest or needed)
-        if needed > limit:
+        peak = predicted_bytes(job, choice, batch)
+        least = min(peak, least or peak)
+        if peak > limit:
             continue
-        apply(job.run, choice)
-        rate, measured = _calibrated(job, batch) if calibrate else (None, 0)
-        if needed - base_bytes(base) + measured <= limit:
+        rate = None
+        if not calibrate:
+            run.recomputed, run.offload = choice.recomputed_layers, choice.offload
+        else:
+            apply(run, choice)
+            rate, grown = _calibrated(job, batch)
+            # A heap that has been used before hides growth, so that less than was reckoned says nothing.
+            peak += max(0, grown - run.needed_bytes(batch))
+            least = max(least, peak)
+        if peak <= limit and not (calibrate and rate is None):
             break
     else:
-        raise _would_not_fit(job, cheapest or 0, held + room)
+        raise _would_not_fit(job, least or 0, available)
     step_seconds, seconds = _predicted_seconds(job, choice, rate)
     return Plan(
         examples=len(job.documents),
@@ -171,21 +180,46 @@ def make(job: Job, *, calibrate: bool = True, available: int | None = None) -> P
         steps=job.steps,
         steps_per_epoch=job.steps_per_epoch,
         trainable_parameters=job.trainable,
-        packed=job.run.packed,
+        packed=run.packed,
         micro_batch_tokens=choice.micro_batch_tokens,
         recomputed_layers=choice.recomputed_layers,
-        recompute_share=job.run.recompute_share,
+        recompute_share=run.recompute_share,
         offload=choice.offload,
         dequantize_once=choice.dequantize_once,
         threads=threads,
-        predicted_peak_bytes=max(needed, base_bytes(base) + measured),
+        predicted_peak_bytes=peak,
         memory_error=_MEMORY_ERROR,
-        available_bytes=held + room,
+        available_bytes=available,
         matmul_rate=machine.matmul_rate(base.device, base.compute_dtype) if calibrate else None,
         predicted_step_seconds=step_seconds,
         predicted_seconds=seconds,
         time_error=_TIME_ERROR,
     )
+
+
+def of_config(spec: TrainSpec, available: int | None = None) -> Plan:
+    """The plan of a job whose base model is known by its config alone, without weights, tokenizer or dataset.
+
+    It is made for one step of `global_batch` examples that are all as long as `sequence_length` allows, answers from
+    their middle on, on a device with `available` bytes: this machine's where left out.
+
+    Raises:
+        BaseModelError, SpecError, WouldNotFit: as `Training` and `make` do.
+    """
+    config = spec.training
+    dtype = "bf16" if config.compute_dtype == "auto" else config.compute_dtype
+    base = base_model.outline(Path(spec.base_model), quantization=config.quantization, compute_dtype=dtype)
+    length = min(config.sequence_length, base_model.context_length(base.model) or config.sequence_length)
+    positions = torch.arange(length)
+    documents = [
+        Document(number, positions.int() + number, positions >= length // 2) for number in range(config.global_batch)
+    ]
+    adapted = lora.attach(base, spec.lora, config.seed)
+    dataset = Dataset(tuple(documents), digest="", truncated=0, dropped=0)
+    job = Job(config, base, passes.choose(adapted), adapted.parameters.numel(), dataset, documents, ())
+    if available is None:
+        available = machine.available_bytes(base_model.device_of(spec.device))
+    return make(job, calibrate=False, available=available)
 
 
 def apply(run: Pass, choice: Choice) -> None:
@@ -256,19 +290,24 @@ def _slowness(choice: Choice, layers: int, least_rows: int) -> float:
 
 
 def _calibrated(job: Job, batch: Batch) -> tuple[float | None, int]:
-    """(operations a second, bytes that memory grew by at its peak) of one micro-batch; gradients are as before.
+    """(operations a second, bytes that memory grew by at its peak) of one micro-batch; no rate where it did not fit.
 
     The first pass is not timed: it makes the products' plans and touches the memory.
     """
-    device = job.base.device
+    device, run = job.base.device, job.run
     machine.forget_peak(device)
     before = machine.resident_bytes(device)
-    dropout = (job.config.seed, 0) if job.run.drops else None
-    job.run.gradients(batch, float(batch.trained_tokens), dropout)
-    grown = max(0, machine.peak_bytes(device) - before)
-    started = time.perf_counter()
-    job.run.gradients(batch, float(batch.trained_tokens), dropout)
-    return job.run.operations(batch) / (time.perf_counter() - started), grown
+    dropout = (job.config.seed, 0) if run.drops else None
+    try:
+        run.gradients(batch, float(batch.trained_tokens), dropout)
+        grown = max(0, machine.peak_bytes(device) - before)
+        started = time.perf_counter()
+        run.gradients(batch, float(batch.trained_tokens), dropout)
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        return None, 0
+    return run.operations(batch) / (time.perf_counter() - started), grown
 
 
 def _predicted_seconds(job: Job, choice: Choice, rate: float | None) -> tuple[float | None, float | None]:
@@ -292,7 +331,7 @@ def _predicted_seconds(job: Job, choice: Choice, rate: float | None) -> tuple[fl
 def _would_not_fit(job: Job, needed: int, available: int) -> WouldNotFit:
     advice = ["a shorter sequence_length"]
     if job.base.quantization == "none":
-        advice.insert(0, "quantization nf4")
+        advice.insert(0, "quantization nf4 or int8")
     if job.config.optimizer in ("adamw", "paged_adamw") and _optimizer_bytes(job) > needed // 20:
         saved = 6 * job.trainable
         advice.append(f"optimizer adamw_8bit (saves {saved / 1e9:.2f} GB), or a lower rank")

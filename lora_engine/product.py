@@ -150,8 +150,9 @@ class Projection:
             for part in parts:
                 dh[:, part.ranks] = (dy[rows, part.outputs] @ part.slot.b).mul_(part.slot.scaling)
             dA = dh.t() @ self._dropped(x, rows, parts, routing.keys)
+            # A wide result is quicker to compute than a tall one.
             dB = tuple(
-                (dy[rows, part.outputs].t() @ h[:, part.ranks]).mul_(part.slot.scaling) for part in parts
+                (h[:, part.ranks].t() @ dy[rows, part.outputs]).t().mul_(part.slot.scaling) for part in parts
             )  # fmt: skip
             gradients.append(FactorGradients(parts, dA, dB))
             if dx is None:

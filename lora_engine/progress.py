@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from lora_engine.train import Step
+    from lora_engine.step import Step
 
 _BAR = 24  # characters
 _ERASE = "\r\x1b[K"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from lora_engine.config import ALL_LINEAR, LoraConfig
 from lora_engine.errors import SpecError
@@ -30,16 +30,16 @@ _GATE_UP = ("gate_proj", "up_proj")
 _EMBEDDING = re.compile(r".*embed.*|wte|wpe")
 
 
-class Linear(Protocol):
-    """What is known of a linear layer: its full name, and whether it is the output head."""
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A linear layer that can be adapted: y (outputs) = W · x (inputs). `head` marks the output head."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def head(self) -> bool: ...
+    name: str
+    inputs: int
+    outputs: int
+    head: bool
 
 
-L = TypeVar("L", bound=Linear)
 V = TypeVar("V")
 
 
@@ -58,7 +58,7 @@ class Shape:
     learning_rate: float | None
 
 
-def roles(module: Linear) -> tuple[str, ...]:
+def roles(module: Module) -> tuple[str, ...]:
     """Those of `ROLES` that a layer plays: all three of query, key and value where they are fused; none if unknown."""
     if module.head:
         return ("head",)
@@ -70,7 +70,7 @@ def roles(module: Linear) -> tuple[str, ...]:
     return ()
 
 
-def shared_input(module: Linear) -> str:
+def shared_input(module: Module) -> str:
     """A key that layers have in common when they read the same input: q, k and v of an attention, gate and up."""
     parent, _, last = module.name.rpartition(".")
     found = roles(module)
@@ -79,7 +79,7 @@ def shared_input(module: Linear) -> str:
     return f"{parent}.gate_up" if found == ("mlp",) and last in _GATE_UP else module.name
 
 
-def matches(entry: str, module: Linear) -> bool:
+def matches(entry: str, module: Module) -> bool:
     """Whether `entry` of a list of target modules or of a pattern names this module.
 
     query, key and value do not name a fused layer: that takes all three (see `targets`), or its own name.
@@ -89,7 +89,7 @@ def matches(entry: str, module: Linear) -> bool:
     return fnmatchcase(module.name, entry) or fnmatchcase(module.name, f"*.{entry}")
 
 
-def targets(modules: Sequence[L], config: LoraConfig) -> tuple[L, ...]:
+def targets(modules: Sequence[Module], config: LoraConfig) -> tuple[Module, ...]:
     """The modules that `config.target_modules` names, in the model's order; "all-linear" leaves the head out.
 
     Raises:
@@ -109,7 +109,7 @@ def targets(modules: Sequence[L], config: LoraConfig) -> tuple[L, ...]:
     return chosen
 
 
-def shape(config: LoraConfig, module: Linear) -> Shape:
+def shape(config: LoraConfig, module: Module) -> Shape:
     """What `config` says of one of its `targets`."""
     rank = _last_match(config.rank_pattern, module, config.rank)
     alpha = _last_match(config.alpha_pattern, module, 2.0 * rank if config.alpha is None else config.alpha)
@@ -117,7 +117,7 @@ def shape(config: LoraConfig, module: Linear) -> Shape:
     return Shape(rank, float(alpha), scaling_of(rank, alpha, config.use_rslora), rate)
 
 
-def last_names(modules: Sequence[Linear], chosen: Sequence[Linear]) -> tuple[str, ...]:
+def last_names(modules: Sequence[Module], chosen: Sequence[Module]) -> tuple[str, ...]:
     """Last names ("q_proj") that stand for exactly the modules `chosen`; their full names where there are none such."""
     full = {module.name for module in chosen}
     names = {name.rpartition(".")[2] for name in full}
@@ -125,7 +125,7 @@ def last_names(modules: Sequence[Linear], chosen: Sequence[Linear]) -> tuple[str
     return tuple(sorted(names if matched == full else full))
 
 
-def _named(modules: Sequence[L], entry: str, entries: Sequence[str], fused: set[str]) -> list[L]:
+def _named(modules: Sequence[Module], entry: str, entries: Sequence[str], fused: set[str]) -> list[Module]:
     found = [module for module in modules if matches(entry, module)]
     if entry in _QKV and fused:
         if missing := [role for role in _QKV if role not in entries]:
@@ -140,18 +140,18 @@ def _named(modules: Sequence[L], entry: str, entries: Sequence[str], fused: set[
     return found
 
 
-def _last_match(pattern: Mapping[str, V], module: Linear, default: V) -> V:
+def _last_match(pattern: Mapping[str, V], module: Module, default: V) -> V:
     values = [value for entry, value in pattern.items() if matches(entry, module)]
     return values[-1] if values else default
 
 
-def _no_match(field: str, what: str, entry: str, modules: Sequence[Linear]) -> SpecError:
+def _no_match(field: str, what: str, entry: str, modules: Sequence[Module]) -> SpecError:
     known = sorted({module.name.rpartition(".")[2] for module in modules})
-    there_are = f"there are {', '.join(known[:20])}"
+    short, there_are = entry[:60], f"there are {', '.join(known[:20])}"
     if _EMBEDDING.fullmatch(entry.rpartition(".")[2]):
         return SpecError(
-            f"{field}: {entry!r} is an embedding, and only linear layers are adapted; {there_are}", field=field
+            f"{field}: {short!r} is an embedding, and only linear layers are adapted; {there_are}", field=field
         )
     if entry in ROLES:
         return SpecError(f"{field}: {what} has the role {entry} alone; {there_are}", field=field)
-    return SpecError(f"{field}: {what} is called {entry!r}; {there_are}", field=field)
+    return SpecError(f"{field}: {what} is called {short!r}; {there_are}", field=field)

@@ -27,43 +27,10 @@ from lora_engine.config import TrainSpec, to_mapping
 from lora_engine.data import Document
 from lora_engine.errors import CheckpointError, Diverged, OutOfMemory
 from lora_engine.history import History
+from lora_engine.step import Step
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One optimizer step.
-
-    Attributes:
-        step: 1 … total_steps.
-        epoch: passes over the examples so far, with its fraction.
-        loss: per target token, before the update.
-        grad_norm: before clipping.
-        tokens: of this step, without padding; `trained_tokens` of them carried loss.
-        seconds: wall clock of this step, without evaluation; `tokens_per_second` follows from it.
-        limit_fraction: operations a second, recomputed ones left out, over the device's measured matrix products.
-        recompute_share: of the operations carried out, those of a second forward pass.
-        peak_bytes: of memory so far, of the device or of this process.
-        skipped: the loss or a gradient was not finite, and no update was made.
-        validation_loss: where it was evaluated, after this step's update.
-        checkpoint_due: the caller should call `Training.checkpoint` now.
-    """
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    trained_tokens: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    limit_fraction: float | None
-    recompute_share: float
-    peak_bytes: int
-    skipped: bool
-    validation_loss: float | None
-    checkpoint_due: bool
+# Parameters of an adapter of which a second copy is kept although nothing is evaluated.
+_LARGEST_KEPT = 64 << 20
 
 
 @dataclass(slots=True)
@@ -113,6 +80,8 @@ class Training:
         self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
         self._adapted = lora.attach(base, spec.lora, config.seed)
         self._run = passes.choose(self._adapted)
+        if base.device.type == "cpu":
+            machine.give_back_freed_memory()
         try:
             trainable = self._adapted.parameters.numel()
             job = plan.Job(config, base, self._run, trainable, dataset, self._documents, self._held_out, spec.threads)
@@ -125,8 +94,11 @@ class Training:
             self.close()
             raise
         self._history = History(self.plan.steps_per_epoch)
-        # Where nothing is held out to tell, the last adapter is the best.
-        self._best = self._adapted.parameters.clone() if self._held_out and config.eval_every else None
+        # What `finish` writes instead of the last parameters: the best ones, where evaluations tell; else, after a
+        # divergence, those of before the last update, which led to it.
+        self._chooses_best = bool(self._held_out and config.eval_every)
+        keeps = self._chooses_best or trainable <= _LARGEST_KEPT
+        self._kept = self._adapted.parameters.clone() if keeps else None
 
     @property
     def validation_loss_before(self) -> float | None:
@@ -149,7 +121,7 @@ class Training:
 
         Raises:
             Diverged: loss or gradients were not finite `max_nonfinite_steps` times in a row; none of these updates was
-                made, and `finish` still writes the last good adapter.
+                made, and `finish` still writes the last good adapter, if there was a step before.
             OutOfMemory: a micro-batch of a single document does not fit, with all layers recomputed.
         """
         config, progress = self.spec.training, self._progress
@@ -160,12 +132,14 @@ class Training:
             documents = self._documents_of(progress.step)
             targets = sum(document.trained_tokens for document in documents)
             rate = optim.learning_rate(config, progress.step, self.plan.steps)
-            loss, operations = self._accumulate(targets)
+            loss, batches = self._accumulate(targets)
             norm = optim.clip(self._adapted.gradients, config.max_grad_norm)
             skipped = not (math.isfinite(loss) and math.isfinite(norm))
             if skipped:
                 self._skip(loss, norm)
             else:
+                if self._kept is not None and not self._chooses_best:
+                    self._kept.copy_(self._adapted.parameters)
                 self._optimizer.step(rate)
                 self._adapted.refresh()
                 progress.nonfinite_in_a_row = 0
@@ -179,6 +153,7 @@ class Training:
             validation_loss = self._evaluate_if_due()
             last = progress.step == self.plan.steps or progress.stopped_early
             limit = self.plan.matmul_rate
+            operations = sum(self._run.operations(batch) for batch in batches)
             yield Step(
                 step=progress.step,
                 total_steps=self.plan.steps,
@@ -188,6 +163,7 @@ class Training:
                 grad_norm=norm,
                 trained_tokens=targets,
                 tokens=tokens,
+                computed_tokens=sum(batch.rows for batch in batches),
                 seconds=seconds,
                 tokens_per_second=tokens / seconds,
                 limit_fraction=operations / seconds / limit if limit else None,
@@ -208,10 +184,10 @@ class Training:
                 step=progress.step + 1,
             )
 
-    def _accumulate(self, targets: int) -> tuple[float, int]:
+    def _accumulate(self, targets: int) -> tuple[float, list[passes.Batch]]:
         """Gradients of the mean loss over all targets of the step, in however many micro-batches.
 
-        Returns that loss and how many operations it took. A step that runs out of memory is made again from its
+        Returns that loss and the micro-batches. A step that runs out of memory is made again from its
         beginning, in smaller pieces: the sums are the same.
         """
         config, step = self.spec.training, self._progress.step
@@ -221,7 +197,7 @@ class Training:
             try:
                 batches = self._batches(step)
                 losses = [self._run.gradients(batch, targets, dropout) for batch in batches]
-                return sum(losses), sum(self._run.operations(batch) for batch in batches)
+                return sum(losses), batches
             except (RuntimeError, MemoryError) as error:
                 if not machine.is_out_of_memory(error):
                     raise
@@ -262,8 +238,8 @@ class Training:
         if not self._held_out or not (due or progress.step == self.plan.steps):
             return None
         loss = self._evaluate()
-        if self._best is not None and self._history.best_step == progress.step:
-            self._best.copy_(self._adapted.parameters)
+        if self._kept is not None and self._chooses_best and self._history.best_step == progress.step:
+            self._kept.copy_(self._adapted.parameters)
         progress.stopped_early = (
             self._history.should_stop(config.early_stopping_patience) and progress.step < self.plan.steps
         )
@@ -325,14 +301,17 @@ class Training:
     def finish(self) -> dict[str, Any]:
         """Write the best adapter to `output`/adapter, with its curves; the metrics of the job.
 
-        Best is the lowest validation loss of those that `eval_every` asked for; without them, the last.
+        Best is the lowest validation loss of those that `eval_every` asked for; without them the last, or after a
+        divergence the one before the update that led to it (for adapters of up to 64 M parameters).
 
         Raises:
             AdapterError: a weight is not finite.
         """
         progress, spec, history = self._progress, self.spec, self._history
-        if self._best is not None and history.best_step not in (None, progress.step):
-            self._adapted.parameters.copy_(self._best)
+        diverged = progress.nonfinite_in_a_row >= spec.training.max_nonfinite_steps
+        better = history.best_step not in (None, progress.step) if self._chooses_best else diverged
+        if self._kept is not None and better:
+            self._adapted.parameters.copy_(self._kept)
             self._adapted.refresh()
         result = adapter.Adapter(
             weights=self._adapted.weights(),
@@ -349,8 +328,8 @@ class Training:
         evaluations = history.evaluations
         return {
             "train_loss": progress.loss_sum / max(1, progress.trained_tokens),
-            "validation_loss_before": self.validation_loss_before,
-            "validation_loss_after": evaluations[-1].loss if len(evaluations) > 1 else None,
+            "validation_loss_before": _finite(self.validation_loss_before),
+            "validation_loss_after": _finite(evaluations[-1].loss) if len(evaluations) > 1 else None,
             "best_step": history.best_step,
             "best_validation_loss": history.best_validation_loss,
             "overfitting_epoch": history.overfitting_epoch,
@@ -374,8 +353,8 @@ class Training:
         self.close()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        best = {} if self._best is None else {"best": self._best}
-        return {"parameters": self._adapted.parameters, **best, **self._optimizer.state()}
+        kept = {} if self._kept is None else {"kept": self._kept}
+        return {"parameters": self._adapted.parameters, **kept, **self._optimizer.state()}
 
     def _lineage(self) -> dict[str, Any]:
         return {
@@ -391,6 +370,10 @@ class Training:
         """Of everything that decides the result; paths do not, as a job may resume on another machine."""
         base = {"base_model": self.spec.base_model_name, "base_digest": self._base.digest}
         facts = {**base, "compute_dtype": str(self._base.compute_dtype), **self._lineage()}
-        facts["modules"] = list(self._adapted.layers)
+        facts["modules"] = [[name, *dataclasses.astuple(shape)] for name, shape in self._adapted.shapes.items()]
         del facts["engine"]  # a job that was running goes on after an upgrade
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,16 +1,17 @@
 """Jobs as their owners see them: submitted, listed, cancelled. What workers do with them is in `leases`."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from sqlalchemy import case, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from lora_engine.config import ALL_LINEAR, MAX_STACK_RANK, LoraConfig, TrainingConfig, to_mapping
+from lora_engine.config import MAX_STACK_RANK, LoraConfig, TrainingConfig, check_held_out, to_mapping
 from lora_engine.errors import SpecError
+from lora_engine.target_modules import Module, targets
 from service import adapters, base_models, datasets, events, queue
 from service.db import now
 from service.errors import Conflict, Invalid, NotFound
@@ -39,6 +40,7 @@ class TrainingRequest:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
+        check_held_out(self.training, self.validation_dataset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,17 +257,10 @@ def _base_model(session: Session, base_model_id: str) -> BaseModel:
 
 
 def _check_modules(base: BaseModel, lora: LoraConfig) -> None:
-    if lora.target_modules == ALL_LINEAR:
-        return
-    known: list[Mapping[str, Any]] = base.modules
-    names = {str(module["name"]) for module in known} | {str(module["name"]).rsplit(".", 1)[-1] for module in known}
-    for name in lora.target_modules:
-        if name not in names:
-            short = sorted(name for name in names if "." not in name)
-            raise Invalid(
-                f"lora.target_modules: {base.id} has no linear module {name!r}; it has {', '.join(short)}",
-                param="lora.target_modules",
-            )
+    try:
+        targets([Module(**module) for module in base.modules], lora)
+    except SpecError as error:
+        raise Invalid(error.message, param=error.field) from None
 
 
 def _ready_dataset(session: Session, owner_id: str, dataset_id: str, param: str) -> None:

@@ -140,8 +140,9 @@ def body_schema(cls: type[Any], example: dict[str, Any]) -> dict[str, Any]:
         if "$ref" in value:
             rest = {key: item for key, item in value.items() if key != "$ref"}
             return inline(definitions[value["$ref"].rsplit("/", 1)[-1]]) | rest
+        # An object is closed, unless it says what its other properties are.
         closed = {"additionalProperties": False} if value.get("type") == "object" else {}
-        return {key: inline(item) for key, item in value.items()} | closed
+        return closed | {key: inline(item) for key, item in value.items()}
 
     content = {"application/json": {"schema": inline(schema), "example": example}}
     return {"requestBody": {"required": True, "content": content}}

@@ -49,8 +49,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, shape: AttentionSha
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"window": 7}, {"softcap": 1.5}, {"softcap": 1.5, "window": 30}], ids=["plain", "window", "cap", "both"]
-)  # fmt: skip
+    "settings",
+    [{}, {"window": 7}, {"softcap": 1.5}, {"softcap": 1.5, "window": 30}],
+    ids=["plain", "window", "cap", "both"],
+)
 def test_values_and_gradients_are_those_of_the_formula_in_float64(pack: Pack, settings: Any) -> None:
     shape = AttentionShape(scaling=0.4, **settings)
     q, k, v = inputs(pack)

@@ -16,8 +16,12 @@ from transformers import (
 from lora_engine import base_model
 from lora_engine.base_model import describe, load
 from lora_engine.errors import BaseModelError
+from lora_engine.quantized import LAYERS, QuantizedLinear
+from lora_engine.target_modules import Module
 from tests.tiny_model import make_llama_config, make_tiny_gpt2, make_tiny_model, make_tokenizer
+from tests.zoo import FAMILIES
 
+EXPERTS = "model.layers.0.block_sparse_moe.experts.{}.{}.weight"
 IDS = torch.arange(3, 43).view(2, 20)
 
 
@@ -37,12 +41,10 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "make", [make_tiny_model, lambda folder: make_tiny_model(folder, tied=False), make_tiny_gpt2]
-)  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_model_is_the_one_transformers_loads(make: Callable[[Path], Path], dtype: str, tmp_path: Path) -> None:
-    base = load(make(tmp_path), compute_dtype=dtype)
+def test_the_model_is_the_one_transformers_loads(family: str, dtype: str, tmp_path: Path) -> None:
+    base = load(FAMILIES[family](tmp_path), compute_dtype=dtype)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=base.compute_dtype).eval()
     assert torch.equal(base.model(input_ids=IDS).logits, reference(input_ids=IDS).logits)
     ours, theirs = base.model.state_dict(), reference.state_dict()
@@ -77,13 +79,32 @@ def test_a_checkpoint_of_the_bare_trunk_loads(tmp_path: Path) -> None:
     assert torch.equal(load(folder).model(input_ids=IDS).logits, expected)
 
 
-def test_nf4_quantises_every_linear_layer_but_the_head(folder: Path) -> None:
-    base = load(folder, quantization="nf4")
+@pytest.mark.parametrize(("quantization", "kind"), [("nf4", "NF4Linear"), ("int8", "Int8Linear")])
+def test_every_linear_layer_but_the_head_is_quantised(folder: Path, quantization: str, kind: str) -> None:
+    base = load(folder, quantization=quantization)
     kinds = {module.name: type(base.model.get_submodule(module.name)).__name__ for module in describe(folder).modules}
     assert kinds.pop("lm_head") == "Linear"
-    assert set(kinds.values()) == {"NF4Linear"}
+    assert set(kinds.values()) == {kind}
     assert len(kinds) == 14
     assert base_model.linear_modules(base.model) == describe(folder).modules
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_weight_is_that_of_the_file(family: str, quantization: str, tmp_path: Path) -> None:
+    plain = load(FAMILIES[family](tmp_path)).model
+    for name, layer in load(tmp_path, quantization=quantization).model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            weight = plain.get_submodule(name).weight
+            oriented = weight.t().contiguous() if family == "gpt2" else weight
+            expected = LAYERS[quantization](oriented, None, weight.dtype)
+            assert torch.equal(layer.dequantized(), expected.dequantized())
+
+
+def test_experts_that_lie_together_keep_the_compute_dtype(tmp_path: Path) -> None:
+    model = load(FAMILIES["mixtral"](tmp_path), quantization="nf4", compute_dtype="bf16").model
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)
 
 
 def test_description_of_a_config(tmp_path: Path) -> None:
@@ -91,10 +112,8 @@ def test_description_of_a_config(tmp_path: Path) -> None:
     assert description.architecture == "LlamaForCausalLM"
     assert description.context_length == 2048
     assert len(description.modules) == 22
-    assert description.modules[0] == base_model.Module("model.layers.0.self_attn.q_proj", 64, 64, head=False)
-    assert [module for module in description.modules if module.head] == [
-        base_model.Module("lm_head", 64, 100, head=True)
-    ]
+    assert description.modules[0] == Module("model.layers.0.self_attn.q_proj", 64, 64, head=False)
+    assert [module for module in description.modules if module.head] == [Module("lm_head", 64, 100, head=True)]
 
 
 def test_gpt2s_conv1d_is_a_linear_layer(tmp_path: Path) -> None:
@@ -116,6 +135,74 @@ def test_missing_and_unknown_tensors_are_named(folder: Path) -> None:
 def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
     change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
     with pytest.raises(BaseModelError, match=r"model.norm.weight has shape \[31\] instead of \[32\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_no_number_is_refused(
+    folder: Path, value: float, quantization: str, dtype: torch.dtype
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name][5, 7] = value
+
+    change_tensors(folder, spoil)
+    with pytest.raises(BaseModelError, match=rf"tensor {name} holds values that are not finite"):
+        load(folder, quantization=quantization)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(EXPERTS.format(2, "w1")), "w1.weight.* do not make .*experts.gate_up_proj"),
+        (lambda tensors: tensors.pop(EXPERTS.format(2, "w2")), r"experts.down_proj has shape \[3, 32, 64\]"),
+        (
+            lambda tensors: [tensors.pop(EXPERTS.format(number, "w2")) for number in range(4)],
+            "missing: model.layers.0.mlp.experts.down_proj",
+        ),
+        (
+            lambda tensors: tensors.update({EXPERTS.format(1, "w2"): torch.ones(31, 64)}),
+            "w2.weight.* do not make .*experts.down_proj",
+        ),
+        (
+            lambda tensors: tensors.update({EXPERTS.format(1, "w2"): torch.full((32, 64), torch.nan)}),
+            "experts.1.w2.weight holds values that are not finite",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit_together_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], object], message: str, tmp_path: Path
+) -> None:
+    change_tensors(FAMILIES["mixtral"](tmp_path), change)
+    with pytest.raises(BaseModelError, match=message):
+        load(tmp_path)
+
+
+def resize_embeddings(folder: Path, rows: int) -> None:
+    change_config(folder, vocab_size=rows)
+    name = "model.embed_tokens.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name][:rows].clone()}))
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> None:
+    resize_embeddings(folder, 319)
+    with pytest.raises(BaseModelError, match="ids up to 319, but the model only 319 embeddings: use the model's own"):
+        load(folder)
+
+
+def test_special_tokens_that_no_text_needs_may_have_no_embedding(folder: Path) -> None:
+    """As in Gemma 3's text models, whose tokenizer has one for images."""
+    tokenizer = load(folder).tokenizer
+    tokenizer.add_tokens(["<|image|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert len(load(folder).tokenizer) == 321
+    tokenizer.eos_token = "<|image|>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(BaseModelError, match="ids up to 320"):
         load(folder)
 
 
@@ -159,7 +246,7 @@ def test_an_impossible_device_is_refused(folder: Path) -> None:
 
 def test_tensors_that_transformers_renames_find_their_place(tmp_path: Path) -> None:
     config = GPTNeoXConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -172,7 +259,7 @@ def test_tensors_that_transformers_renames_find_their_place(tmp_path: Path) -> N
 
 def test_a_buffer_that_its_parent_fills_is_filled(tmp_path: Path) -> None:
     config = FalconH1Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -98,9 +98,7 @@ def test_the_loss_alone_is_that_of_the_step(bases: Bases, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "smollm3"])
-def test_recomputed_layers_give_the_same_bits_and_so_does_offloading(
-    bases: Bases, family: str
-) -> None:
+def test_recomputed_layers_give_the_same_bits_and_so_does_offloading(bases: Bases, family: str) -> None:
     adapted = attached(bases[family], LoraConfig(rank=4, dropout=0.2))
     run = PackedPass(adapted)
     expected = gradients(adapted, run, templated(), dropout=True)

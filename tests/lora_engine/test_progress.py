@@ -5,7 +5,7 @@ import pytest
 
 from lora_engine import progress
 from lora_engine.progress import Progress, clock
-from lora_engine.train import Step
+from lora_engine.step import Step
 
 
 class Terminal(io.StringIO):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_engine.base_model import Module, describe, linear_modules
+from lora_engine.base_model import describe, linear_modules
 from lora_engine.config import LoraConfig
 from lora_engine.errors import SpecError
-from lora_engine.target_modules import ROLES, last_names, shape, shared_input, targets
+from lora_engine.target_modules import ROLES, Module, last_names, shape, shared_input, targets
 from tests.tiny_model import make_llama_config
 from tests.zoo import FAMILIES
 

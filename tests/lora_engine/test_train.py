@@ -14,7 +14,9 @@ from lora_engine import adapter, base_model, data, plan, quantized
 from lora_engine.base_model import BaseModel
 from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec
 from lora_engine.errors import CheckpointError, DataError, Diverged, OutOfMemory, SpecError
-from lora_engine.train import Step, Training
+from lora_engine.passes import Batch
+from lora_engine.step import Step
+from lora_engine.train import Training
 from tests.tiny_model import make_tiny_gpt2, make_tiny_model
 
 LORA = LoraConfig(rank=4, dropout=0.1)
@@ -293,7 +295,7 @@ def not_finite(training: Training, monkeypatch: pytest.MonkeyPatch, at: tuple[in
     """Have the gradients of some steps (counted from 1) end in NaN."""
     accumulate = training._accumulate
 
-    def broken(targets: int) -> tuple[float, int]:
+    def broken(targets: int) -> tuple[float, list[Batch]]:
         result = accumulate(targets)
         if training.step + 1 in at:
             training._adapted.gradients[3] = math.nan
@@ -323,7 +325,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_said(
 def test_steps_in_a_row_that_are_not_finite_end_the_job_with_the_last_good_adapter(
     spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, job = spec("good", max_steps=2, schedule="constant"), spec(schedule="constant", max_nonfinite_steps=2)
+    """Good is what gave a finite loss: the parameters before the last update."""
+    good, job = spec("good", max_steps=1, schedule="constant"), spec(schedule="constant", max_nonfinite_steps=2)
     train(good, base)
     with Training(job, base) as training:
         not_finite(training, monkeypatch, at=(3, 4))
@@ -428,6 +431,8 @@ def test_each_step_says_how_fast_it_was(spec: Spec, base: BaseModel) -> None:
         assert step.tokens_per_second == pytest.approx(step.tokens / step.seconds)
         assert step.limit_fraction is not None and 0 < step.limit_fraction < 1  # noqa: PT018 - for the type checker
         assert step.recompute_share == 0
+        assert step.computed_tokens % 16 == 0
+        assert step.trained_tokens < step.computed_tokens < step.tokens + 16
         assert step.peak_bytes > 10**7
         assert not step.skipped
 

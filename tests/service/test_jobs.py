@@ -69,8 +69,8 @@ def test_what_cannot_be_is_refused_by_field(database: Database, owner: str) -> N
         assert session.scalar(select(func.count()).select_from(Job)) == 0
 
 
-def test_module_names_may_be_last_names_or_full_ones(database: Database, owner: str) -> None:
-    names = ["q_proj", "model.layers.1.self_attn.v_proj"]
+@pytest.mark.parametrize("names", [["q_proj", "model.layers.1.self_attn.v_proj"], ["value"], ["layers.[0-1].*.q_proj"]])
+def test_module_names_are_those_of_the_engine(database: Database, owner: str, names: list[str]) -> None:
     with database.unit_of_work() as session:
         jobs.submit_training(session, owner, request(database, owner, lora=LoraConfig(target_modules=names)))
 

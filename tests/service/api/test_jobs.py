@@ -34,6 +34,24 @@ def test_a_job_is_accepted_with_every_default_filled_in(site: Site) -> None:
     assert site.ann.get(f"/jobs/{job['id']}").json() == job
 
 
+def test_settings_by_module_come_back_in_their_order(site: Site) -> None:
+    """Of several entries the last one counts, so that the database must not sort them."""
+    lora = {
+        "target_modules": ["value", "layers.[0-7].*.q_proj"],
+        "rank_pattern": {"v_proj": 4, "layers.1.*": 2},
+        "alpha_pattern": {"v_proj": 8, "*": 4.5},
+        "learning_rate_pattern": {"value": 0.001},
+        "lora_plus_ratio": 16,
+    }
+    training = {"quantization": "int8", "optimizer": "adamw_8bit", "eval_every": 5, "early_stopping_patience": 2}
+    answer = site.ann.post("/jobs", json=body(site, lora=lora, training=training))
+    assert answer.status_code == 201, answer.text
+    spec = site.ann.get(f"/jobs/{answer.json()['id']}").json()["spec"]
+    assert {name: spec["lora"][name] for name in lora} == lora
+    assert list(spec["lora"]["alpha_pattern"]) == ["v_proj", "*"]
+    assert {name: spec["training"][name] for name in training} == training
+
+
 def test_the_same_key_and_body_make_one_job(site: Site) -> None:
     asked, headers = body(site), {"Idempotency-Key": "order 66"}
     first = site.ann.post("/jobs", json=asked, headers=headers)

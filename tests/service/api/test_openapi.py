@@ -85,4 +85,7 @@ def test_a_spec_is_documented_field_by_field(document: dict[str, Any]) -> None:
     assert content["schema"]["required"] == ["base_model", "dataset"]
     training = content["schema"]["properties"]["training"]
     assert training["properties"]["learning_rate"]["default"] == 2e-4
+    assert training["properties"]["quantization"]["enum"] == ["none", "nf4", "int8"]
+    pattern = content["schema"]["properties"]["lora"]["properties"]["rank_pattern"]
+    assert pattern["additionalProperties"] == {"type": "integer"}
     assert "$ref" not in str(content["schema"])
