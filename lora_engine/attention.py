@@ -41,9 +41,9 @@ def forward(
         queries, keys, values = _gathered(q, k, v, group)
         probabilities, _ = _probabilities(queries, keys, group, shape)
         rounded = probabilities.to(v.dtype)
-        results.append(_by_row(torch.bmm(rounded, values), group, q))
+        results.append(torch.bmm(rounded, values))
         kept.append(rounded if keeps_probabilities(group, shape) else None)
-    return torch.cat(results)[attention.slots], tuple(kept)
+    return _by_row(results, attention, q), tuple(kept)
 
 
 def keeps_probabilities(group: AttentionGroup, shape: AttentionShape) -> bool:
@@ -78,8 +78,8 @@ def backward(
             ds *= 1 - squashed.square_()
         ds = ds.mul_(shape.scaling).to(q.dtype)
         _add_by_key(dk, torch.bmm(ds.mT, queries), group)
-        dqs.append(_by_row(torch.bmm(ds, keys), group, q))
-    return torch.cat(dqs)[attention.slots], dk.to(k.dtype), dv.to(v.dtype)
+        dqs.append(torch.bmm(ds, keys))
+    return _by_row(dqs, attention, q), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, group: AttentionGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,24 +90,32 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, group: AttentionGroup) -> tuple[T
 
 
 def _by_key_head(rows: Tensor, chosen: Tensor, key_heads: int) -> Tensor:
+    """(segments · key heads, heads of each · chosen, head size) of (rows, heads, head size), in one gather.
+
+    Heads lie head size apart, and rows a multiple of it: also where `rows` is a part of a wider product.
+    """
     segments, length = chosen.shape
-    gathered = rows[chosen].view(segments, length, key_heads, -1, rows.shape[-1])
-    return gathered.permute(0, 2, 3, 1, 4).reshape(segments * key_heads, -1, rows.shape[-1])
+    heads, size = rows.shape[1:]
+    apart = rows.stride(0) // size
+    flat = rows.as_strided(((rows.shape[0] - 1) * apart + heads, size), (size, 1))
+    numbers = torch.arange(heads, device=rows.device).view(key_heads, -1, 1)
+    places = chosen.view(segments, 1, 1, length) * apart + numbers
+    return flat.index_select(0, places.flatten()).view(segments * key_heads, -1, size)
 
 
-def _by_row(grouped: Tensor, group: AttentionGroup, q: Tensor) -> Tensor:
-    """(segments · queries, heads, head size), the inverse of how `_gathered` lays queries out."""
-    segments, length = group.queries.shape
+def _by_row(grouped: list[Tensor], attention: Attention, q: Tensor) -> Tensor:
+    """Like q: the inverse of how `_gathered` lays queries out."""
     heads, size = q.shape[1:]
-    laid = grouped.view(segments, -1, heads // (grouped.shape[0] // segments), length, size)
-    return laid.permute(0, 3, 1, 2, 4).reshape(segments * length, heads, size)
+    flat = torch.cat([part.view(-1, size) for part in grouped]) if len(grouped) > 1 else grouped[0].view(-1, size)
+    return flat.index_select(0, attention.places(heads)).view(q.shape)
 
 
 def _add_by_key(total: Tensor, grouped: Tensor, group: AttentionGroup) -> None:
     """Add (segments · key heads, keys, head size) to the rows (rows, key heads, head size) they were gathered from."""
-    segments, length = group.keys.shape
-    by_row = grouped.view(segments, -1, length, grouped.shape[-1]).transpose(1, 2).float()
-    total.index_add_(0, group.keys.flatten(), by_row.reshape(segments * length, *total.shape[1:]))
+    heads, size = total.shape[1:]
+    numbers = torch.arange(heads, device=total.device)[:, None]
+    places = group.keys[:, None, :] * heads + numbers
+    total.view(-1, size).index_add_(0, places.flatten(), grouped.reshape(-1, size).float())
 
 
 def _probabilities(

@@ -78,11 +78,21 @@ class Attention:
 
     Attributes:
         groups: together they hold each query row once.
-        slots: int64 (query rows): where a row's result lies in the groups' results, flattened and concatenated.
+        slots: int64 (query rows, 3): where its result begins in the groups' results, flattened and concatenated, in
+            units of heads; its number in its segment; and how long the segments of its group are.
     """
 
     groups: tuple[AttentionGroup, ...]
     slots: Tensor
+    _places: dict[int, Tensor] = field(default_factory=dict)
+
+    def places(self, heads: int) -> Tensor:
+        """int64 (query rows · heads): rows of the groups' results (segments, heads, queries), flattened, in order."""
+        if heads not in self._places:
+            begin, number, length = self.slots.unbind(1)
+            numbers = torch.arange(heads, device=self.slots.device)
+            self._places[heads] = (begin[:, None] * heads + numbers * length[:, None] + number[:, None]).flatten()
+        return self._places[heads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +292,7 @@ def _attention(
     begins = [0]
     for queries, _ in blocks:
         begins.append(begins[-1] + len(queries))
-    slots = torch.empty(len(rows), dtype=torch.long)
+    slots = torch.empty(len(rows), 3, dtype=torch.long)
     groups: list[AttentionGroup] = []
     offset = 0
     for members in grouped:
@@ -300,7 +310,9 @@ def _attention(
             key_rows[place, : len(seen)] = torch.tensor(seen)
             query_positions[place, : len(own)] = torch.tensor([positions[row] for row in own])
             key_positions[place, : len(seen)] = torch.tensor([positions[row] for row in seen])
-            slots[numbers] = offset + place * longest + torch.arange(len(own))
+            slots[numbers, 0] = offset + place * longest
+            slots[numbers, 1] = torch.arange(len(own))
+            slots[numbers, 2] = longest
         offset += len(members) * longest
         padded = bool((query_positions < 0).any())
         group = AttentionGroup(query_rows, key_rows, query_positions, key_positions, padded)

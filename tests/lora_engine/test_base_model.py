@@ -116,6 +116,11 @@ def test_description_of_a_config(tmp_path: Path) -> None:
     assert [module for module in description.modules if module.head] == [Module("lm_head", 64, 100, head=True)]
 
 
+def test_a_tied_head_is_counted_once(folder: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    assert describe(folder).parameters == sum(parameter.numel() for parameter in reference.parameters())
+
+
 def test_gpt2s_conv1d_is_a_linear_layer(tmp_path: Path) -> None:
     modules = {module.name: module for module in describe(make_tiny_gpt2(tmp_path)).modules}
     assert (modules["transformer.h.0.attn.c_attn"].inputs, modules["transformer.h.0.attn.c_attn"].outputs) == (32, 96)

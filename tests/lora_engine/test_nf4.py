@@ -56,6 +56,12 @@ def test_values_on_the_borders_between_levels() -> None:
     assert_equal_to_bitsandbytes(torch.cat([borders, up, down, torch.ones(19)])[None])
 
 
+@pytest.mark.parametrize("scale", [0.05 + 0.001 * number for number in range(20)])
+def test_values_on_the_borders_in_a_block_that_is_not_full(scale: float) -> None:
+    levels = torch.tensor(nf4.LEVELS)
+    assert_equal_to_bitsandbytes(torch.cat([(levels[:-1] + levels[1:]) / 2, torch.ones(1)])[None] * scale)
+
+
 def test_blocks_of_zeros_and_of_outliers() -> None:
     weight = values(128, 128)
     weight[3:40] = 0

@@ -18,7 +18,7 @@ def step(number: int, **changes: Any) -> Step:
         "step": number, "total_steps": 8, "epoch": 0.5, "loss": 1.25, "learning_rate": 2e-4, "grad_norm": 0.5,
         "trained_tokens": 10, "tokens": 20, "seconds": 0.1, "validation_loss": None, "checkpoint_due": False,
         "tokens_per_second": 1234.4, "limit_fraction": 0.61, "recompute_share": 0.0, "peak_bytes": 2_100_000_000,
-        "skipped": False,
+        "skipped": False, "computed_tokens": 16,
     }  # fmt: skip
     return Step(**values | changes)
 
