@@ -5,7 +5,7 @@ put in its place, so that beside the finished model only one tensor at a time is
 is never run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class BaseModel:
     Attributes:
         model: a transformers causal language model in evaluation mode.
         digest: `base_files.digest` of its folder, where the caller knows it.
+        datasets: tokenised with its tokenizer, by what they were made from; the training loop's.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class BaseModel:
     quantization: str
     compute_dtype: torch.dtype
     digest: str | None = None
+    datasets: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from lora_engine.base_files import sha256_file
 from lora_engine.errors import DataError
 from lora_engine.examples import read_examples
 
+_KEPT = 2  # tokenised datasets, with a base model
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -109,6 +111,21 @@ def read(path: Path, tokenizer: Any, sequence_length: int) -> Dataset:
             f"no token to train in any of {dropped} examples; are the answers empty, or beyond sequence_length?"
         )
     return Dataset(tuple(documents), sha256_file(path), truncated, dropped)
+
+
+def read_once(path: Path, tokenizer: Any, sequence_length: int, kept: dict[tuple[str, int], Dataset]) -> Dataset:
+    """As `read`, but what `kept` holds of the same content is taken from there; the last two stay in it.
+
+    `kept` belongs to one tokenizer: another job, or another attempt, on the same rows begins at once.
+    """
+    if not path.is_file():
+        return read(path, tokenizer, sequence_length)  # which says so
+    key = (sha256_file(path), sequence_length)
+    found = kept.pop(key, None) or read(path, tokenizer, sequence_length)
+    kept[key] = found  # the newest last
+    while len(kept) > _KEPT:
+        del kept[next(iter(kept))]
+    return found
 
 
 def check_vocabulary(documents: Sequence[Document], size: int) -> None:

@@ -141,7 +141,8 @@ class Decoder:
             recomputed = index < self.recomputed
             kept += stream if recomputed and not self.offload else 0 if recomputed else own
             widest = max(widest, transient + (own if recomputed else 0))
-        return stream + kept + max(widest, self._head.transient_bytes(pack, item))
+        windows = len({layer.window for layer in self.layers})
+        return stream + kept + windows * pack.mask_bytes + max(widest, self._head.transient_bytes(pack, item))
 
     def _rows(self, pack: Pack, dropout: tuple[int, int] | None) -> Rows:
         keys = None if dropout is None else row_keys(*dropout, pack.examples, pack.positions)

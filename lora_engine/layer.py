@@ -107,6 +107,10 @@ class AttentionHalf:
         return self._out.adapted or self._inner_adapted
 
     @property
+    def window(self) -> int | None:
+        return self._shape.window
+
+    @property
     def _inner_adapted(self) -> bool:
         return any(projection.adapted for projection in self._inner)
 
@@ -358,6 +362,11 @@ class DecoderLayer:
     @property
     def adapted(self) -> bool:
         return self._attention.adapted or self._mlp.adapted
+
+    @property
+    def window(self) -> int | None:
+        """So many tokens a query sees; None: all."""
+        return self._attention.window
 
     @property
     def projections(self) -> list[Projection]:

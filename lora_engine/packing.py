@@ -60,6 +60,10 @@ class AttentionGroup:
             self._biases[window] = bias[:, None]
         return self._biases[window]
 
+    def forget(self) -> None:
+        """Let go of what is only made while a pack is computed."""
+        self._biases.clear()
+
     def to(self, device: torch.device) -> "AttentionGroup":
         parts = (self.queries, self.keys, self.query_positions, self.key_positions)
         queries, keys, query_positions, key_positions = (part.to(device) for part in parts)
@@ -124,6 +128,21 @@ class Pack:
     @property
     def rows(self) -> int:
         return len(self.ids)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of the attention masks while the pack is computed, for one window."""
+        return 4 * sum(group.scores for attention in self._attentions for group in attention.groups)
+
+    def forget(self) -> None:
+        """Let go of the attention masks, which are made again when they are needed."""
+        for attention in self._attentions:
+            for group in attention.groups:
+                group.forget()
+
+    @property
+    def _attentions(self) -> tuple[Attention, Attention]:
+        return self.attention, self.target_attention
 
 
 @dataclass(slots=True)

@@ -44,8 +44,11 @@ class Pass(Protocol):
     recomputed: int
     offload: bool
 
-    def batches(self, documents: Sequence[Document], max_tokens: int) -> Iterator[Any]:
-        """Micro-batches of at most `max_tokens` rows, but for a longer single document."""
+    def batches(self, documents: Sequence[Document], max_tokens: int, *, share: bool = True) -> Iterator[Any]:
+        """Micro-batches of at most `max_tokens` rows, but for a longer single document.
+
+        Where documents can share the rows of their beginnings, `share` lets them.
+        """
 
     def gradients(self, batch: Any, divisor: float, dropout: tuple[int, int] | None) -> float:
         """Accumulate the adapter's gradients of (summed loss / divisor); that loss."""
@@ -114,14 +117,20 @@ class PackedPass:
         for projection in self.decoder.projections:
             projection.keep_dequantized(keep)
 
-    def batches(self, documents: Sequence[Document], max_tokens: int) -> Iterator[Pack]:
-        return packing.packs(documents, max_tokens, self._device, share=not self.drops)
+    def batches(self, documents: Sequence[Document], max_tokens: int, *, share: bool = True) -> Iterator[Pack]:
+        return packing.packs(documents, max_tokens, self._device, share=share and not self.drops)
 
     def gradients(self, batch: Pack, divisor: float, dropout: tuple[int, int] | None) -> float:
-        return float(self.decoder.gradients(batch, divisor, dropout))
+        try:
+            return float(self.decoder.gradients(batch, divisor, dropout))
+        finally:
+            batch.forget()
 
     def loss(self, batch: Pack) -> float:
-        return float(self.decoder.loss(batch))
+        try:
+            return float(self.decoder.loss(batch))
+        finally:
+            batch.forget()
 
     def operations(self, batch: Pack) -> int:
         return self.decoder.operations(batch)
@@ -155,10 +164,9 @@ class PaddedPass:
         return sum(sizes) - sum(layer.packed.nbytes for layer in layers) if keep else max(sizes, default=0)
 
     def keep_dequantized(self, keep: bool) -> None:
-        for layer in quantized.layers(self._model):
-            layer.keep_dequantized(layer.dequantized() if keep else None)
+        quantized.dequantize_once(self._model, keep)
 
-    def batches(self, documents: Sequence[Document], max_tokens: int) -> Iterator[MicroBatch]:
+    def batches(self, documents: Sequence[Document], max_tokens: int, *, share: bool = True) -> Iterator[MicroBatch]:  # noqa: ARG002
         return data.micro_batches(documents, max_tokens, self._adapted.base.device)
 
     def gradients(self, batch: MicroBatch, divisor: float, dropout: tuple[int, int] | None) -> float:
@@ -173,8 +181,12 @@ class PaddedPass:
         return float(summed_loss(self._model, batch))
 
     def operations(self, batch: MicroBatch) -> int:
-        weights = sum(module.inputs * module.outputs for module in self._modules)
-        return batch.tokens * (4 * weights + 6 * self._adapted.parameters.numel())
+        trunk, head = (
+            sum(module.inputs * module.outputs for module in self._modules if module.head == is_head)
+            for is_head in (False, True)
+        )
+        adapter = 6 * batch.tokens * self._adapted.parameters.numel()
+        return 4 * (batch.tokens * trunk + batch.trained_tokens * head) + adapter
 
     def _route(self, batch: MicroBatch, dropout: tuple[int, int] | None) -> None:
         """Tell the adapted layers which token each of their rows is, for dropout."""

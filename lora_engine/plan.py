@@ -26,6 +26,8 @@ _PREFERRED_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Fewer rows than this cost as much time as so many.
 _LEAST_ROWS = {"cpu": 32, "cuda": 512}
 _RESERVE = 0.9
+# Parameters of an adapter of which a second copy is kept although nothing is evaluated.
+_LARGEST_KEPT = 64 << 20
 # Of the predictions, measured over a grid of small configurations (benchmarks/plan.py).
 _MEMORY_ERROR, _TIME_ERROR = 0.1, 0.2
 # Steps whose micro-batches are counted to predict the time of all.
@@ -100,7 +102,7 @@ class Job:
         run: how the base model with the adapter on it is run.
         trainable: parameters of the adapter.
         documents: that are trained on, of `dataset`; `held_out` are evaluated on.
-        threads: of the processor, where they are given.
+        threads: of the processor, where they are given; `device_type` where it is not the base model's.
     """
 
     config: TrainingConfig
@@ -111,6 +113,17 @@ class Job:
     documents: Sequence[Document]
     held_out: Sequence[Document]
     threads: int | None = None
+    device_type: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Of the device that is planned for: not that of a base model on the meta device."""
+        return self.device_type or self.base.device.type
+
+    @property
+    def keeps_best(self) -> bool:
+        """A second copy of the parameters is kept: of the best step, or of the one before a divergence."""
+        return bool(self.held_out and self.config.eval_every) or self.trainable <= _LARGEST_KEPT
 
     @property
     def longest(self) -> int:
@@ -127,7 +140,7 @@ class Job:
     def heaviest(self, max_tokens: int) -> Batch:
         """The largest micro-batch that could come: of a step that gets the longest documents of all."""
         longest = sorted(self.documents, key=len, reverse=True)[: self.config.global_batch]
-        batches: list[Batch] = list(self.run.batches(longest, max_tokens))
+        batches: list[Batch] = list(self.run.batches(longest, max_tokens, share=False))
         return max(batches, key=lambda batch: batch.rows)
 
 
@@ -159,13 +172,14 @@ def make(job: Job, *, calibrate: bool = True, available: int | None = None) -> P
         if not calibrate:
             run.recomputed, run.offload = choice.recomputed_layers, choice.offload
         else:
-            apply(run, choice)
-            rate, grown = _calibrated(job, batch)
+            rate, grown = _calibrated(job, choice, batch)
             # A heap that has been used before hides growth, so that less than was reckoned says nothing.
             peak += max(0, grown - run.needed_bytes(batch))
             least = max(least, peak)
         if peak <= limit and not (calibrate and rate is None):
             break
+        if calibrate:
+            run.keep_dequantized(False)
     else:
         raise _would_not_fit(job, least or 0, available)
     step_seconds, seconds = _predicted_seconds(job, choice, rate)
@@ -207,7 +221,10 @@ def of_config(spec: TrainSpec, available: int | None = None) -> Plan:
         BaseModelError, SpecError, WouldNotFit: as `Training` and `make` do.
     """
     config = spec.training
-    dtype = "bf16" if config.compute_dtype == "auto" else config.compute_dtype
+    # Without a figure the plan is for this machine, with one for the GPU that it belongs to.
+    kind = "cuda" if available is not None and spec.device == "auto" else base_model.device_of(spec.device).type
+    automatic = "bf16" if kind == "cuda" else "fp32"
+    dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
     base = base_model.outline(Path(spec.base_model), quantization=config.quantization, compute_dtype=dtype)
     length = min(config.sequence_length, base_model.context_length(base.model) or config.sequence_length)
     positions = torch.arange(length)
@@ -216,7 +233,8 @@ def of_config(spec: TrainSpec, available: int | None = None) -> Plan:
     ]
     adapted = lora.attach(base, spec.lora, config.seed)
     dataset = Dataset(tuple(documents), digest="", truncated=0, dropped=0)
-    job = Job(config, base, passes.choose(adapted), adapted.parameters.numel(), dataset, documents, ())
+    size = adapted.parameters.numel()
+    job = Job(config, base, passes.choose(adapted), size, dataset, documents, (), device_type=kind)
     if available is None:
         available = machine.available_bytes(base_model.device_of(spec.device))
     return make(job, calibrate=False, available=available)
@@ -229,9 +247,14 @@ def apply(run: Pass, choice: Choice) -> None:
 
 
 def shrunk(run: Pass, choice: Choice, longest: int) -> Choice | None:
-    """What to try after `choice` ran out of memory: recompute every layer, then halve micro-batches; None: nothing."""
+    """What to try after `choice` ran out of memory; None: nothing is left.
+
+    Every layer is recomputed, then kept dequantised weights are let go, then micro-batches are halved.
+    """
     if choice.recomputed_layers < run.layers:
         return replace(choice, recomputed_layers=run.layers)
+    if choice.dequantize_once:
+        return replace(choice, dequantize_once=False)
     if choice.micro_batch_tokens > longest:
         return replace(choice, micro_batch_tokens=max(longest, choice.micro_batch_tokens // 2))
     return None
@@ -255,9 +278,9 @@ def base_bytes(base: BaseModel) -> int:
 
 
 def _adapter_bytes(job: Job) -> int:
-    """fp32 masters and gradients, and copies in the compute dtype."""
+    """fp32 masters, gradients and the best masters so far, and copies in the compute dtype."""
     item = job.base.compute_dtype.itemsize
-    return job.trainable * (8 + (item if item < 4 else 0))
+    return job.trainable * (8 + (item if item < 4 else 0) + 4 * job.keeps_best)
 
 
 def _optimizer_bytes(job: Job) -> int:
@@ -267,7 +290,7 @@ def _optimizer_bytes(job: Job) -> int:
 
 def _choices(job: Job) -> list[Choice]:
     """All of them, quickest first."""
-    device, layers = job.base.device.type, job.run.layers
+    device, layers = job.kind, job.run.layers
     tokens = max(job.longest, _PREFERRED_TOKENS.get(device, 8192))
     sizes = [tokens]
     while tokens > job.longest:
@@ -289,16 +312,17 @@ def _slowness(choice: Choice, layers: int, least_rows: int) -> float:
     return (1 + recompute + choice.offload) * (1 + least_rows / rows + dequantize)
 
 
-def _calibrated(job: Job, batch: Batch) -> tuple[float | None, int]:
+def _calibrated(job: Job, choice: Choice, batch: Batch) -> tuple[float | None, int]:
     """(operations a second, bytes that memory grew by at its peak) of one micro-batch; no rate where it did not fit.
 
     The first pass is not timed: it makes the products' plans and touches the memory.
     """
     device, run = job.base.device, job.run
-    machine.forget_peak(device)
-    before = machine.resident_bytes(device)
     dropout = (job.config.seed, 0) if run.drops else None
     try:
+        apply(run, choice)
+        machine.forget_peak(device)
+        before = machine.resident_bytes(device)
         run.gradients(batch, float(batch.trained_tokens), dropout)
         grown = max(0, machine.peak_bytes(device) - before)
         started = time.perf_counter()

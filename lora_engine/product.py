@@ -6,7 +6,7 @@ Rows are the flattened tokens of a micro-batch. `Routing` says which rows belong
 adapters can share one pass over the base; one slot for all rows is the ordinary case.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,12 @@ class FactorGradients:
     A: Tensor
     B: tuple[Tensor, ...]
 
+    def by_factor(self) -> Iterator[Tensor]:
+        """Of A and B of each layer in turn, in the masters' type."""
+        for part, dB in zip(self.parts, self.B, strict=True):
+            yield self.A[part.ranks].to(part.slot.A.dtype)
+            yield dB.to(part.slot.B.dtype)
+
     def accumulate(self) -> None:
         """Add to the masters' `grad`."""
         for part, dB in zip(self.parts, self.B, strict=True):
@@ -93,6 +99,8 @@ class Projection:
         self._put_together()
         self._bias = _fused_bias(self._bases, sizes)
         self._parts: dict[int, tuple[_Part, ...]] = {}
+        self._views: dict[int, Tensor | None] = {}
+        self._resident: Tensor | None = None
 
     @property
     def adapted(self) -> bool:
@@ -113,10 +121,15 @@ class Projection:
 
     def weight(self) -> Tensor:
         """(out of all × in) in the compute dtype; what lies in `scratch` is valid until its next use."""
+        if self._resident is not None:
+            return self._resident
         weights = [_weight(base) for base in self._bases]
         resident = [weight for weight in weights if weight is not None]
         if len(resident) == len(weights):
-            return resident[0] if len(resident) == 1 else _under_one_another(resident)
+            together = resident[0] if len(resident) == 1 else _together(resident)
+            if together is not None and not any(isinstance(base, QuantizedLinear) for base in self._bases):
+                self._resident = together
+            return torch.cat(resident) if together is None else together
         first = self._bases[0]
         if self._scratch is None:
             assert isinstance(first, QuantizedLinear) and len(self._bases) == 1  # noqa: S101, PT018 - see LoraLinear
@@ -146,9 +159,12 @@ class Projection:
         for segment, h in zip(self._segments(routing), hidden, strict=True):
             parts, a = self._factors_of(segment.slot)
             rows = slice(segment.start, segment.stop)
-            dh = torch.empty_like(h)
-            for part in parts:
-                dh[:, part.ranks] = (dy[rows, part.outputs] @ part.slot.b).mul_(part.slot.scaling)
+            if len(parts) == 1:
+                dh = (dy[rows, parts[0].outputs] @ parts[0].slot.b).mul_(parts[0].slot.scaling)
+            else:
+                dh = torch.empty_like(h)
+                for part in parts:
+                    torch.mul(dy[rows, part.outputs] @ part.slot.b, part.slot.scaling, out=dh[:, part.ranks])
             dA = dh.t() @ self._dropped(x, rows, parts, routing.keys)
             # A wide result is quicker to compute than a tall one.
             dB = tuple(
@@ -191,8 +207,9 @@ class Projection:
                     begin = found[-1].ranks.stop if found else 0
                     found.append(_Part(slot, outputs, slice(begin, begin + len(slot.a))))
             self._parts[number] = tuple(found)
-        parts = self._parts[number]
-        return parts, _under_one_another([part.slot.a for part in parts])
+            self._views[number] = _together([part.slot.a for part in found])
+        parts, view = self._parts[number], self._views[number]
+        return parts, torch.cat([part.slot.a for part in parts]) if view is None else view
 
     def operations(self, rows: int, *, backward: bool, dx_needed: bool) -> int:
         """Multiplications and additions for so many rows."""
@@ -227,9 +244,10 @@ class Projection:
         """Make weights that are not quantised views of one buffer."""
         if len(self._bases) > 1 and not any(isinstance(base, QuantizedLinear) for base in self._bases):
             weights: list[Tensor] = [base.weight for base in self._bases]
-            fused = _under_one_another([weight.detach() for weight in weights])
-            for weight, rows in zip(weights, self._slices, strict=True):
-                weight.data = fused[rows]
+            if _together([weight.detach() for weight in weights]) is None:
+                fused = torch.cat([weight.detach() for weight in weights])
+                for weight, rows in zip(weights, self._slices, strict=True):
+                    weight.data = fused[rows]
 
 
 class Scratch:
@@ -294,7 +312,7 @@ class _AdaptedProduct(torch.autograd.Function):
         x, *hidden = ctx.saved_tensors
         projection: Projection = ctx.projection
         dx, gradients = projection.backward(gradient, x, hidden, ctx.routing, dx_needed=ctx.needs_input_grad[0])
-        factors = [factor.float() for found in gradients for factor in (found.A, *found.B)]
+        factors = [factor for found in gradients for factor in found.by_factor()]
         return dx, None, None, *factors
 
 
@@ -324,14 +342,14 @@ def _fused_bias(bases: Sequence[Any], sizes: Sequence[int]) -> Tensor | None:
     return torch.cat([part.detach() for part in parts])
 
 
-def _under_one_another(tensors: Sequence[Tensor]) -> Tensor:
-    """The rows of all `tensors` in one: a view where they lie so in memory already, else a copy."""
+def _together(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The rows of all `tensors` as one view, where they lie under one another in memory."""
     first = tensors[0]
     storage, expected = first.untyped_storage().data_ptr(), first.data_ptr()
     for tensor in tensors:
-        together = tensor.untyped_storage().data_ptr() == storage and tensor.data_ptr() == expected
-        if not together or not tensor.is_contiguous():
-            return torch.cat(list(tensors))
+        near = tensor.untyped_storage().data_ptr() == storage and tensor.data_ptr() == expected
+        if not near or not tensor.is_contiguous() or tensor.is_meta:
+            return None
         expected += tensor.nbytes
     rows = sum(len(tensor) for tensor in tensors)
     return first.as_strided((rows, first.shape[1]), first.stride())

@@ -8,29 +8,26 @@ with Training(spec, base) as training:
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
-from lora_engine import adapter, checkpoint, curves, data, lora, machine, optim, passes, plan, target_modules
+from lora_engine import adapter, checkpoint, curves, data, lineage, lora, machine, optim, passes, plan, target_modules
 from lora_engine.base_model import BaseModel, context_length, linear_modules
-from lora_engine.config import TrainSpec, to_mapping
+from lora_engine.config import TrainSpec
 from lora_engine.data import Document
 from lora_engine.errors import CheckpointError, Diverged, OutOfMemory
 from lora_engine.history import History
 from lora_engine.step import Step
 
-# Parameters of an adapter of which a second copy is kept although nothing is evaluated.
-_LARGEST_KEPT = 64 << 20
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -64,27 +61,37 @@ class Training:
         modules = linear_modules(base.model)
         self._target_modules = target_modules.last_names(modules, target_modules.targets(modules, spec.lora))
         sequence_length = min(config.sequence_length, context_length(base.model) or config.sequence_length)
-        dataset = data.read(Path(spec.dataset), base.tokenizer, sequence_length)
+        dataset = data.read_once(Path(spec.dataset), base.tokenizer, sequence_length, base.datasets)
         self._dataset_digest = dataset.digest
         if spec.validation_dataset is None:
             self._validation_digest = None
             self._documents, self._held_out = data.split(dataset, config.validation_fraction, config.seed)
         else:
-            held_out = data.read(Path(spec.validation_dataset), base.tokenizer, sequence_length)
+            path = Path(spec.validation_dataset)
+            held_out = data.read_once(path, base.tokenizer, sequence_length, base.datasets)
             self._validation_digest = held_out.digest
             self._documents, self._held_out = list(dataset.documents), list(held_out.documents)
         data.check_vocabulary((*self._documents, *self._held_out), len(base.model.get_input_embeddings().weight))
         self._progress = _Progress()
         self._order: tuple[int, list[int]] | None = None
         self._ahead: tuple[int, int, Future[list[passes.Batch]]] | None = None
+        self._threads_before = torch.get_num_threads()
         self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
         self._adapted = lora.attach(base, spec.lora, config.seed)
-        self._run = passes.choose(self._adapted)
-        if base.device.type == "cpu":
-            machine.give_back_freed_memory()
         try:
+            self._run = passes.choose(self._adapted)
+        except BaseException:
+            self._adapted.detach()
+            raise
+        try:
+            if base.device.type == "cpu":
+                machine.give_back_freed_memory()
             trainable = self._adapted.parameters.numel()
             job = plan.Job(config, base, self._run, trainable, dataset, self._documents, self._held_out, spec.threads)
+            # What `finish` writes instead of the last parameters: the best ones, where evaluations tell; else, after a
+            # divergence, those of before the last update, which led to it.
+            self._chooses_best = bool(self._held_out and config.eval_every)
+            self._kept = self._adapted.parameters.clone() if job.keeps_best else None
             self.plan = plan.make(job)
             self._adapted.gradients.zero_()
             self._optimizer = optim.Optimizer(
@@ -94,11 +101,6 @@ class Training:
             self.close()
             raise
         self._history = History(self.plan.steps_per_epoch)
-        # What `finish` writes instead of the last parameters: the best ones, where evaluations tell; else, after a
-        # divergence, those of before the last update, which led to it.
-        self._chooses_best = bool(self._held_out and config.eval_every)
-        keeps = self._chooses_best or trainable <= _LARGEST_KEPT
-        self._kept = self._adapted.parameters.clone() if keeps else None
 
     @property
     def validation_loss_before(self) -> float | None:
@@ -115,6 +117,11 @@ class Training:
     def history(self) -> History:
         """Losses so far."""
         return self._history
+
+    @property
+    def _knows_best(self) -> bool:
+        """Evaluations have told which step was best, and its parameters are kept."""
+        return self._chooses_best and self._history.best_step is not None
 
     def steps(self) -> Iterator[Step]:
         """Make the remaining steps, one each time the next is asked for.
@@ -136,19 +143,19 @@ class Training:
             norm = optim.clip(self._adapted.gradients, config.max_grad_norm)
             skipped = not (math.isfinite(loss) and math.isfinite(norm))
             if skipped:
-                self._skip(loss, norm)
+                self._skip(loss, norm, rate)
             else:
-                if self._kept is not None and not self._chooses_best:
+                if self._kept is not None and not self._knows_best:
                     self._kept.copy_(self._adapted.parameters)
                 self._optimizer.step(rate)
                 self._adapted.refresh()
                 progress.nonfinite_in_a_row = 0
                 progress.loss_sum += loss * targets
                 progress.trained_tokens += targets
+                self._history.add_step(progress.step + 1, loss, rate)
             progress.step += 1
             tokens = sum(len(document) for document in documents)
             progress.tokens += tokens
-            self._history.add_step(progress.step, loss, rate, skipped=skipped)
             seconds = time.perf_counter() - started
             validation_loss = self._evaluate_if_due()
             last = progress.step == self.plan.steps or progress.stopped_early
@@ -174,9 +181,10 @@ class Training:
                 checkpoint_due=not last and progress.step % config.checkpoint_every == 0,
             )
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, loss: float, norm: float, rate: float) -> None:
         progress = self._progress
         progress.nonfinite_in_a_row += 1
+        self._history.add_step(progress.step + 1, loss, rate, skipped=True)
         if progress.nonfinite_in_a_row >= self.spec.training.max_nonfinite_steps:
             raise Diverged(
                 f"loss {loss} and gradient norm {norm} at step {progress.step + 1}, not finite for "
@@ -192,28 +200,37 @@ class Training:
         """
         config, step = self.spec.training, self._progress.step
         dropout = (config.seed, step) if self._run.drops else None
-        while True:
+
+        def made() -> tuple[float, list[passes.Batch]]:
             self._adapted.gradients.zero_()
+            batches = self._batches(step)
+            return sum(self._run.gradients(batch, targets, dropout) for batch in batches), batches
+
+        return self._within_memory(made)
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which is done again, in smaller pieces, where it runs out of memory."""
+        while True:
             try:
-                batches = self._batches(step)
-                losses = [self._run.gradients(batch, targets, dropout) for batch in batches]
-                return sum(losses), batches
+                return work()
             except (RuntimeError, MemoryError) as error:
                 if not machine.is_out_of_memory(error):
                     raise
-                self._shrink(error)
+            self._shrink()
 
-    def _shrink(self, error: BaseException) -> None:
+    def _shrink(self) -> None:
+        """Called when the error is over and done with: its frames hold on to what did not fit."""
+        planned = self.plan
         chosen = plan.Choice(
-            self.plan.micro_batch_tokens, self.plan.recomputed_layers, self.plan.offload, self.plan.dequantize_once
+            planned.micro_batch_tokens, planned.recomputed_layers, planned.offload, planned.dequantize_once
         )
-        smaller = plan.shrunk(self._run, chosen, self.plan.longest)
+        smaller = plan.shrunk(self._run, chosen, planned.longest)
         if smaller is None:
-            raise OutOfMemory(f"a micro-batch of {chosen.micro_batch_tokens} tokens did not fit") from error
+            raise OutOfMemory(f"a micro-batch of {chosen.micro_batch_tokens} tokens did not fit")
         if self._base.device.type == "cuda":
             torch.cuda.empty_cache()
         plan.apply(self._run, smaller)
-        self.plan = dataclasses.replace(self.plan, **dataclasses.asdict(smaller))
+        self.plan = dataclasses.replace(planned, **dataclasses.asdict(smaller))
 
     def _batches(self, step: int) -> list[passes.Batch]:
         """Micro-batches of a step, made ready while the one before was computed, and those of the next under way."""
@@ -249,12 +266,15 @@ class Training:
         """Loss per target token over the held-out examples, without dropout."""
         if not self._held_out:
             return None
-        total, targets = 0.0, 0
-        for batch in self._run.batches(self._held_out, self.plan.micro_batch_tokens):
-            total += self._run.loss(batch)
-            targets += batch.trained_tokens
-        self._history.add_evaluation(self._progress.step, total / targets)
-        return total / targets
+
+        def made() -> float:
+            # No more at once than a step was planned for.
+            tokens = min(self.plan.micro_batch_tokens, self.spec.training.global_batch * self.plan.longest)
+            return sum(self._run.loss(batch) for batch in self._run.batches(self._held_out, tokens))
+
+        loss = self._within_memory(made) / sum(document.trained_tokens for document in self._held_out)
+        self._history.add_evaluation(self._progress.step, loss)
+        return loss
 
     def _documents_of(self, step: int) -> list[Document]:
         epoch, index = divmod(step, self.plan.steps_per_epoch)
@@ -290,11 +310,17 @@ class Training:
         # The plan follows the memory and the processors that are free today; the order of the sums, and so the bits,
         # must not.
         settings = {name: state.pop(name) for name in ("micro_batch_tokens", "threads")}
+        history = History.from_state(state.pop("history"))
+        checkpoint.restore(tensors, self._tensors())
         if settings["threads"] and self._base.device.type == "cpu":
             torch.set_num_threads(settings["threads"])
-        self.plan = dataclasses.replace(self.plan, **settings)
-        self._history = History.from_state(state.pop("history"))
-        checkpoint.restore(tensors, self._tensors())
+        rate = machine.matmul_rate(self._base.device, self._base.compute_dtype)
+        larger = settings["micro_batch_tokens"] > self.plan.micro_batch_tokens
+        # Larger micro-batches than would be chosen today take less memory with every layer recomputed: the same bits.
+        recomputed = self._run.layers if larger else self.plan.recomputed_layers
+        self._run.recomputed = recomputed
+        self.plan = dataclasses.replace(self.plan, **settings, recomputed_layers=recomputed, matmul_rate=rate)
+        self._history = history
         self._progress = _Progress(**state)
         self._adapted.refresh()
 
@@ -309,7 +335,7 @@ class Training:
         """
         progress, spec, history = self._progress, self.spec, self._history
         diverged = progress.nonfinite_in_a_row >= spec.training.max_nonfinite_steps
-        better = history.best_step not in (None, progress.step) if self._chooses_best else diverged
+        better = history.best_step != progress.step if self._knows_best else diverged
         if self._kept is not None and better:
             self._adapted.parameters.copy_(self._kept)
             self._adapted.refresh()
@@ -341,10 +367,16 @@ class Training:
         }
 
     def close(self) -> None:
-        """Take the adapter off the base model, which stays loaded and is as it was before. Safe to call twice."""
+        """Take the adapter off the base model, which stays loaded and is as it was before. Safe to call twice.
+
+        The process has as many threads again as it had before, for the next job to choose from.
+        """
         self._packer.shutdown(cancel_futures=True)
-        self._run.keep_dequantized(False)
-        self._adapted.detach()
+        torch.set_num_threads(self._threads_before)
+        try:
+            self._run.keep_dequantized(False)
+        finally:
+            self._adapted.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -357,22 +389,10 @@ class Training:
         return {"parameters": self._adapted.parameters, **kept, **self._optimizer.state()}
 
     def _lineage(self) -> dict[str, Any]:
-        return {
-            "dataset_sha256": self._dataset_digest,
-            "validation_dataset_sha256": self._validation_digest,
-            "lora": to_mapping(self.spec.lora),
-            "training": to_mapping(self.spec.training),
-            "seed": self.spec.training.seed,
-            "engine": version("luthier"),
-        }
+        return lineage.lineage(self.spec, self._dataset_digest, self._validation_digest)
 
     def _fingerprint(self) -> str:
-        """Of everything that decides the result; paths do not, as a job may resume on another machine."""
-        base = {"base_model": self.spec.base_model_name, "base_digest": self._base.digest}
-        facts = {**base, "compute_dtype": str(self._base.compute_dtype), **self._lineage()}
-        facts["modules"] = [[name, *dataclasses.astuple(shape)] for name, shape in self._adapted.shapes.items()]
-        del facts["engine"]  # a job that was running goes on after an upgrade
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return lineage.fingerprint(self._lineage(), self.spec, self._base, self._adapted)
 
 
 def _finite(value: float | None) -> float | None:

@@ -110,6 +110,21 @@ def test_recomputed_layers_give_the_same_bits_and_so_does_offloading(bases: Base
     adapted.detach()
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_evaluating_between_two_steps_leaves_gradients_unchanged(quantization: str, tmp_path: Path) -> None:
+    base = base_model.load(FAMILIES["llama"](tmp_path), quantization=quantization, compute_dtype="bf16")
+    adapted = attached(base, LoraConfig(rank=4))
+    run = PackedPass(adapted)
+    before = gradients(adapted, run, templated())
+    for keep in (False, True):
+        run.keep_dequantized(keep)
+        for batch in run.batches(templated(), 4096):
+            run.loss(batch)
+        after = gradients(adapted, run, templated())
+        assert after[0] == before[0]
+        assert torch.equal(after[1], before[1])
+
+
 @pytest.mark.parametrize(
     "targets",
     [
@@ -150,7 +165,7 @@ def test_nothing_is_kept_and_no_gradient_computed_below_the_lowest_adapter(
     assert needed == [False]
     adapted.detach()
     everything = attached(bases["gemma2"], LoraConfig(rank=4))
-    assert low < 0.6 * PackedPass(everything).decoder.needed_bytes(batch)
+    assert low < 0.7 * PackedPass(everything).decoder.needed_bytes(batch)
     everything.detach()
 
 

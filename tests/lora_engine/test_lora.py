@@ -15,7 +15,7 @@ from lora_engine.config import LoraConfig, TrainingConfig
 from lora_engine.dropout import keep_mask
 from lora_engine.errors import SpecError
 from lora_engine.lora import Adapted, attach
-from lora_engine.product import Segment, Slot
+from lora_engine.product import LoraLinear, Routing, Segment, Slot
 from tests.tiny_model import make_tiny_gpt2, make_tiny_model
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -365,3 +365,23 @@ def test_an_output_head_is_adapted_unless_it_is_tied(loaded: BaseModel, tmp_path
     with pytest.raises(SpecError, match="shares its weight"):
         attach(tied, LoraConfig(target_modules=["q_proj", "lm_head"]), seed=0)
     assert isinstance(tied.model.model.layers[0].self_attn.q_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("segments", [(Segment(),), (Segment(0, 0, 2), Segment(0, 3, 5))], ids=["one", "two"])
+def test_the_autograd_function_passes_gradcheck(segments: tuple[Segment, ...]) -> None:
+    """Finite differences in float64, by x and by both factors; rows of nobody among them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    base = nn.Linear(4, 3).double().requires_grad_(False)
+    A, B = normal(2, 4).requires_grad_(), normal(3, 2).requires_grad_()
+
+    def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        layer = LoraLinear(base, Routing(segments), 0)
+        layer.slots[0] = Slot(A, B, 1.5, 0.0, A.detach(), B.detach())
+        result: Tensor = layer(x)
+        return result
+
+    assert torch.autograd.gradcheck(product, (normal(6, 4).requires_grad_(), A, B))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -197,10 +198,13 @@ def test_the_loss_is_per_target_token_of_the_whole_step(spec: Spec, base: BaseMo
     assert loss == pytest.approx(total / 200, rel=1e-6)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5, 9])
+@pytest.mark.parametrize("stop_after", [1, 2, 4, 5, 7, 9])
 def test_a_resumed_job_ends_in_the_same_bytes(spec: Spec, base: BaseModel, stop_after: int) -> None:
     straight, broken = spec("straight", eval_every=3), spec("broken", eval_every=3)
-    steps, metrics = train(straight, base)
+    with Training(straight, base) as training:
+        steps = list(training.steps())
+        whole = training.checkpoint()
+        metrics = training.finish()
     with Training(broken, base) as training:
         for step in training.steps():
             if step.step == stop_after:
@@ -210,7 +214,10 @@ def test_a_resumed_job_ends_in_the_same_bytes(spec: Spec, base: BaseModel, stop_
     with Training(broken, base) as training:
         training.resume(checkpoint)
         rest = list(training.steps())
+        again = training.checkpoint()
         assert training.finish() == metrics
+    for name in ("state.safetensors", "state.json", "MANIFEST.json"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
     assert [step.step for step in rest] == list(range(stop_after + 1, 11))
     assert [(step.loss, step.grad_norm) for step in rest] == [
         (step.loss, step.grad_norm) for step in steps[stop_after:]
@@ -425,6 +432,60 @@ def test_a_job_that_stopped_early_stays_stopped_after_a_resume(
         assert training.finish() == metrics
 
 
+def test_a_job_gives_its_threads_back(spec: Spec, base: BaseModel) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with Training(dataclasses.replace(spec(), threads=1), base):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_same_rows_are_tokenised_once_for_a_base_model(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base.datasets.clear()
+    with Training(spec(), base) as training:
+        first = training._documents
+    monkeypatch.setattr(data, "read", None)
+    with Training(spec(), base) as training:
+        assert all(one is other for one, other in zip(first, training._documents, strict=True))
+
+
+def test_divergence_before_the_first_evaluation_leaves_what_was_good(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"schedule": "constant", "warmup_ratio": 0.0}
+    good, job = spec("good", max_steps=1, **options), spec(max_nonfinite_steps=1, eval_every=9, **options)
+    train(good, base)
+    with Training(job, base) as training:
+        not_finite(training, monkeypatch, at=(3,))
+        with pytest.raises(Diverged):
+            list(training.steps())
+        assert training.finish()["skipped_steps"] == 1
+    weights = "adapter_model.safetensors"
+    assert adapter_bytes(job)[weights] == adapter_bytes(good)[weights]
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_made_again(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Training(spec(max_steps=1), base) as training:
+        loss, tried = training._run.loss, []
+
+        def full(batch: Any) -> float:
+            tried.append(batch.rows)
+            if len(tried) == 1:
+                raise torch.OutOfMemoryError
+            return loss(batch)
+
+        monkeypatch.setattr(training._run, "loss", full)
+        list(training.steps())
+        assert training.plan.recomputed_layers == 2
+
+
 def test_each_step_says_how_fast_it_was(spec: Spec, base: BaseModel) -> None:
     steps, _ = train(spec(max_steps=2), base)
     for step in steps:
@@ -497,7 +558,7 @@ def test_a_job_goes_on_after_an_upgrade(spec: Spec, base: BaseModel, monkeypatch
     with Training(spec(), base) as training:
         next(training.steps())
         checkpoint = training.checkpoint()
-    monkeypatch.setattr("lora_engine.train.version", lambda _: "99.0")
+    monkeypatch.setattr("lora_engine.lineage.version", lambda _: "99.0")
     with Training(spec(), base) as training:
         training.resume(checkpoint)
         assert training.step == 1
