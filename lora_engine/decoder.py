@@ -85,6 +85,10 @@ class Decoder:
         """Of all layers, in order; the head is not among them."""
         return [projection for layer in self.layers for projection in layer.projections]
 
+    @property
+    def _all_projections(self) -> list[Projection]:
+        return [*self.projections, self._head.projection]
+
     @torch.no_grad()
     def gradients(self, pack: Pack, divisor: float, dropout: tuple[int, int] | None = None) -> Tensor:
         """Accumulate the adapter's gradients of (summed loss / divisor); that loss, a scalar in fp32.
@@ -142,6 +146,9 @@ class Decoder:
             kept += stream if recomputed and not self.offload else 0 if recomputed else own
             widest = max(widest, transient + (own if recomputed else 0))
         windows = len({layer.window for layer in self.layers})
+        if pack.ids.device.type == "cpu" and item < 4:
+            # oneDNN rearranges a weight for every product, and keeps the room of the largest.
+            stream += item * max(projection.outputs * projection.inputs for projection in self._all_projections)
         return stream + kept + windows * pack.mask_bytes + max(widest, self._head.transient_bytes(pack, item))
 
     def _rows(self, pack: Pack, dropout: tuple[int, int] | None) -> Rows:

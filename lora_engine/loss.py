@@ -38,31 +38,31 @@ class Head:
 
     def __init__(self, norm: RMSNorm, projection: Projection, softcap: float | None) -> None:
         self._norm = norm
-        self._projection = projection
+        self.projection = projection
         self._softcap = softcap
 
     @property
     def adapted(self) -> bool:
-        return self._projection.adapted
+        return self.projection.adapted
 
     def loss(self, x: Tensor, rows: Rows) -> Tensor:
         """Summed loss of x (predicting rows × features, fp32)."""
-        normed, _ = self._norm.forward(x, self._projection.dtype)
+        normed, _ = self._norm.forward(x, self.projection.dtype)
         total = torch.zeros((), device=x.device)
         for chunk, routing in self._chunks(normed, rows.target_routing):
-            logits, _ = self._projection.forward(normed[chunk], routing)
+            logits, _ = self.projection.forward(normed[chunk], routing)
             total += self._to_gradients(logits, rows, chunk, None)
         return total
 
     def gradients(self, x: Tensor, rows: Rows, divisor: float, *, needed: bool) -> tuple[Tensor, Tensor | None]:
         """Summed loss / divisor, and its gradient by x (fp32), where needed; the head's factors accumulate theirs."""
-        normed, kept = self._norm.forward(x, self._projection.dtype)
+        normed, kept = self._norm.forward(x, self.projection.dtype)
         total = torch.zeros((), device=x.device)
         dnormed = torch.empty_like(normed) if needed else None
         for chunk, routing in self._chunks(normed, rows.target_routing):
-            logits, hidden = self._projection.forward(normed[chunk], routing)
+            logits, hidden = self.projection.forward(normed[chunk], routing)
             total += self._to_gradients(logits, rows, chunk, divisor)
-            dx, found = self._projection.backward(logits, normed[chunk], hidden, routing, dx_needed=needed)
+            dx, found = self.projection.backward(logits, normed[chunk], hidden, routing, dx_needed=needed)
             for gradients in found:
                 gradients.accumulate()
             if dx is not None and dnormed is not None:
@@ -71,17 +71,17 @@ class Head:
 
     def operations(self, pack: Pack, *, backward: bool, dx_needed: bool) -> int:
         """Multiplications and additions of the head's products."""
-        return self._projection.operations(len(pack.predicts), backward=backward, dx_needed=dx_needed)
+        return self.projection.operations(len(pack.predicts), backward=backward, dx_needed=dx_needed)
 
     def transient_bytes(self, pack: Pack, itemsize: int) -> int:
         """Of what `gradients` holds at its widest."""
-        rows, width = len(pack.predicts), self._projection.outputs
+        rows, width = len(pack.predicts), self.projection.outputs
         chunk = min(rows * width * itemsize, _CHUNK_BYTES)
         block = 4 * min(rows, _BLOCK_ROWS.get(pack.ids.device.type, 1024)) * width
-        return chunk + 2 * block + rows * self._projection.inputs * (2 * itemsize + 12)
+        return chunk + 2 * block + rows * self.projection.inputs * (2 * itemsize + 12)
 
     def _chunks(self, normed: Tensor, routing: Routing) -> Iterator[tuple[slice, Routing]]:
-        size = max(1, _CHUNK_BYTES // (self._projection.outputs * normed.element_size()) // ROW_MULTIPLE) * ROW_MULTIPLE
+        size = max(1, _CHUNK_BYTES // (self.projection.outputs * normed.element_size()) // ROW_MULTIPLE) * ROW_MULTIPLE
         for start in range(0, len(normed), size):
             chunk = slice(start, start + size)
             yield chunk, Routing(keys=None if routing.keys is None else routing.keys[chunk])
