@@ -29,7 +29,7 @@ _RESERVE = 0.9
 # Parameters of an adapter of which a second copy is kept although nothing is evaluated.
 _LARGEST_KEPT = 64 << 20
 # Of the predictions, measured over a grid of small configurations (benchmarks/plan.py).
-_MEMORY_ERROR, _TIME_ERROR = 0.1, 0.2
+_MEMORY_ERROR, _TIME_ERROR = 0.2, 0.2
 # Steps whose micro-batches are counted to predict the time of all.
 _SAMPLED_STEPS = 32
 
