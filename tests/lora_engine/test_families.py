@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -13,6 +12,7 @@ from lora_engine import base_model
 from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec
 from lora_engine.passes import PackedPass
 from lora_engine.train import Training
+from tests.lora_engine.peft_step import peft_step
 from tests.zoo import FAMILIES
 
 GENERIC = ("gpt2", "mixtral", "qwen3_moe")
@@ -63,7 +63,7 @@ def test_three_steps_are_those_of_peft(family: str, dataset: Path, tmp_path: Pat
         parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.1)
         for number, step in zip(range(3), training.steps(), strict=False):
-            loss, norm = peft_step(twin, parameters, optimizer, training._documents_of(number), step.learning_rate)
+            loss, norm = peft_step(twin, parameters, optimizer, training._documents_of(number), step.learning_rate, 0.5)
             assert step.loss == pytest.approx(loss, rel=1e-5)
             assert step.grad_norm == pytest.approx(norm, rel=1e-4)
         for name, weights in training._adapted.weights().items():
@@ -71,23 +71,3 @@ def test_three_steps_are_those_of_peft(family: str, dataset: Path, tmp_path: Pat
             torch.testing.assert_close(weights.A, layers[name].lora_A.default.weight.detach(), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(weights.B, layers[name].lora_B.default.weight.detach(), rtol=1e-4, atol=1e-4)
             assert weights.B.abs().max() > 0
-
-
-def peft_step(
-    twin: Any, parameters: list[Any], optimizer: Any, documents: list[Any], rate: float
-) -> tuple[float, float]:
-    """(loss per target, gradient norm) of one step, document by document."""
-    optimizer.zero_grad()
-    targets = sum(document.trained_tokens for document in documents)
-    total = 0.0
-    for document in documents:
-        ids = document.ids.long()
-        labels = torch.where(document.trained, ids, -100)
-        predicted = twin(input_ids=ids[None]).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(predicted, labels[1:], reduction="sum") / targets
-        loss.backward()
-        total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-    optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()
-    return total, float(norm)
