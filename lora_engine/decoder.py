@@ -10,6 +10,7 @@ The modules, weights and rotary frequencies are those of the transformers model;
   forward again when their gradient is due: the same operations, so the same bits.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from lora_engine.base_model import BaseModel
 from lora_engine.blocks import ACTIVATIONS, RMSNorm
 from lora_engine.dropout import row_keys
-from lora_engine.layer import DecoderLayer, Kept, Rows
+from lora_engine.layer import AttentionHalf, KeptAttention, KeptMLP, MLPHalf, Rows
 from lora_engine.loss import Head
 from lora_engine.packing import Pack
 from lora_engine.product import Projection, Routing, Scratch
@@ -36,6 +37,68 @@ _FAMILIES = {
 }
 # Rotary frequencies that do not depend on the longest position of the batch.
 _ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
+
+
+@dataclass(slots=True)
+class Kept:
+    """What a layer keeps for its backward pass; `input` alone (rows × features, fp32) where it is recomputed."""
+
+    input: Tensor | None = None
+    attention: KeptAttention | None = None
+    mlp: KeptMLP | None = None
+
+
+class DecoderLayer:
+    """Both halves; `last` narrows the rows to the predicting ones on the way."""
+
+    def __init__(
+        self, layer: Any, config: Any, activation: str, *, norm_offset: bool, last: bool, scratch: Scratch
+    ) -> None:
+        self._attention = AttentionHalf(layer, config, norm_offset=norm_offset, last=last, scratch=scratch)
+        self._mlp = MLPHalf(layer, activation, norm_offset=norm_offset, last=last, scratch=scratch)
+
+    @property
+    def adapted(self) -> bool:
+        return self._attention.adapted or self._mlp.adapted
+
+    @property
+    def window(self) -> int | None:
+        """So many tokens a query sees; None: all."""
+        return self._attention.window
+
+    @property
+    def projections(self) -> list[Projection]:
+        return [*self._attention.projections, *self._mlp.projections]
+
+    def operations(self, pack: Pack, *, backward: bool, dx_needed: bool) -> int:
+        """Multiplications and additions that the layer needs; those of a recomputation are not counted."""
+        between = dx_needed or self._attention.adapted
+        return self._mlp.operations(pack, backward=backward, dx_needed=between) + self._attention.operations(
+            pack, backward=backward and between, dx_needed=dx_needed
+        )
+
+    def kept_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `forward` keeps for a pack."""
+        return self._attention.kept_bytes(pack, itemsize) + self._mlp.kept_bytes(pack, itemsize)
+
+    def transient_bytes(self, pack: Pack, itemsize: int) -> int:
+        """Of what `backward` holds at its widest, beside what is kept."""
+        return max(self._attention.transient_bytes(pack, itemsize), self._mlp.transient_bytes(pack, itemsize))
+
+    def forward(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Kept]:
+        """The residual stream after the layer (x is changed in place), and all that the backward pass needs."""
+        x, of_attention = self._attention.forward(x, rows, dtype)
+        x, of_mlp = self._mlp.forward(x, rows, dtype)
+        return x, Kept(attention=of_attention, mlp=of_mlp)
+
+    def backward(self, gradient: Tensor, kept: Kept, rows: Rows, dtype: torch.dtype, *, needed: bool) -> Tensor | None:
+        """Gradient of the layer's input (fp32), where needed, from that of its output; uses `kept` up."""
+        if kept.input is not None:
+            kept = self.forward(kept.input.to(gradient.device), rows, dtype)[1]
+        assert kept.attention is not None and kept.mlp is not None  # noqa: S101, PT018 - for the type checker
+        between = self._mlp.backward(gradient, kept.mlp, rows, needed=needed or self._attention.adapted)
+        kept.mlp = None
+        return None if between is None else self._attention.backward(between, kept.attention, rows, needed=needed)
 
 
 class Decoder:

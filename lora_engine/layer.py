@@ -1,4 +1,4 @@
-"""One decoder layer over the rows of a pack: attention and gated MLP, forward and backward written out.
+"""The halves of a decoder layer over the rows of a pack, attention and gated MLP, forward and backward written out.
 
 Both halves add to the residual stream (fp32) in place. What they keep for the backward pass is in the compute dtype:
 the normed input without its weight, the outputs of the products, and the hidden rows of the adapters.
@@ -35,7 +35,9 @@ class Rows:
 
 
 @dataclass(slots=True)
-class _KeptAttention:
+class KeptAttention:
+    """What the backward pass of `AttentionHalf` needs."""
+
     normed: Normed
     q: Tensor
     k: Tensor
@@ -49,21 +51,14 @@ class _KeptAttention:
 
 
 @dataclass(slots=True)
-class _KeptMLP:
+class KeptMLP:
+    """What the backward pass of `MLPHalf` needs."""
+
     normed: Normed
     gate_up: Tensor
     hidden: _Hidden
     hidden_down: _Hidden
     normed_out: Normed | None
-
-
-@dataclass(slots=True)
-class Kept:
-    """What a layer keeps for its backward pass; `input` alone (rows × features, fp32) where it is recomputed."""
-
-    input: Tensor | None = None
-    attention: _KeptAttention | None = None
-    mlp: _KeptMLP | None = None
 
 
 class AttentionHalf:
@@ -118,7 +113,7 @@ class AttentionHalf:
     def projections(self) -> list[Projection]:
         return [*self._inner, self._out]
 
-    def forward(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, _KeptAttention]:
+    def forward(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, KeptAttention]:
         """The residual stream after this half (x itself, or its predicting rows), and what to keep."""
         normed_x, normed = self._norm.forward(x, dtype)
         q, k, v, hidden = self._queries(normed_x, rows)
@@ -137,9 +132,9 @@ class AttentionHalf:
             y, normed_out = self._norm_out.forward(y, dtype)
         residual = x[rows.pack.predicts] if self._last else x
         residual += y
-        return residual, _KeptAttention(normed, q, k, v, head_norms, kept, attended, hidden, hidden_out, normed_out)
+        return residual, KeptAttention(normed, q, k, v, head_norms, kept, attended, hidden, hidden_out, normed_out)
 
-    def backward(self, gradient: Tensor, kept: _KeptAttention, rows: Rows, *, needed: bool) -> Tensor | None:
+    def backward(self, gradient: Tensor, kept: KeptAttention, rows: Rows, *, needed: bool) -> Tensor | None:
         """Gradient of x (fp32), where needed, from that of the result; the factors' gradients are accumulated."""
         dtype = kept.attended.dtype
         dy = gradient if kept.normed_out is None else self._norm_out.backward(gradient, kept.normed_out)  # type: ignore[union-attr]
@@ -231,7 +226,7 @@ class AttentionHalf:
         return q, k, v, hidden
 
     def _backward_inner(
-        self, dq: Tensor, dk: Tensor, dv: Tensor, kept: _KeptAttention, rows: Rows, *, needed: bool
+        self, dq: Tensor, dk: Tensor, dv: Tensor, kept: KeptAttention, rows: Rows, *, needed: bool
     ) -> Tensor | None:
         x = self._norm.scaled(kept.normed.unit)
         predicts = rows.pack.predicts
@@ -291,7 +286,7 @@ class MLPHalf:
     def projections(self) -> list[Projection]:
         return [self._gate_up, self._down]
 
-    def forward(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, _KeptMLP]:
+    def forward(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, KeptMLP]:
         """The residual stream after this half, which is x itself, and what to keep."""
         normed_x, normed = self._norm.forward(x, dtype)
         gate_up, hidden = self._gate_up.forward(normed_x, self._routing(rows))
@@ -301,9 +296,9 @@ class MLPHalf:
         if self._norm_out is not None:
             y, normed_out = self._norm_out.forward(y, dtype)
         x += y
-        return x, _KeptMLP(normed, gate_up, hidden, hidden_down, normed_out)
+        return x, KeptMLP(normed, gate_up, hidden, hidden_down, normed_out)
 
-    def backward(self, gradient: Tensor, kept: _KeptMLP, rows: Rows, *, needed: bool) -> Tensor | None:
+    def backward(self, gradient: Tensor, kept: KeptMLP, rows: Rows, *, needed: bool) -> Tensor | None:
         """Gradient of x (fp32), where needed, from that of the result; the factors' gradients are accumulated."""
         dtype = kept.gate_up.dtype
         dy = gradient if kept.normed_out is None else self._norm_out.backward(gradient, kept.normed_out)  # type: ignore[union-attr]
@@ -348,59 +343,6 @@ class MLPHalf:
 
     def _routing(self, rows: Rows) -> Routing:
         return rows.target_routing if self._last else rows.routing
-
-
-class DecoderLayer:
-    """Both halves; `last` narrows the rows to the predicting ones on the way."""
-
-    def __init__(
-        self, layer: Any, config: Any, activation: str, *, norm_offset: bool, last: bool, scratch: Scratch
-    ) -> None:
-        self._attention = AttentionHalf(layer, config, norm_offset=norm_offset, last=last, scratch=scratch)
-        self._mlp = MLPHalf(layer, activation, norm_offset=norm_offset, last=last, scratch=scratch)
-
-    @property
-    def adapted(self) -> bool:
-        return self._attention.adapted or self._mlp.adapted
-
-    @property
-    def window(self) -> int | None:
-        """So many tokens a query sees; None: all."""
-        return self._attention.window
-
-    @property
-    def projections(self) -> list[Projection]:
-        return [*self._attention.projections, *self._mlp.projections]
-
-    def operations(self, pack: Pack, *, backward: bool, dx_needed: bool) -> int:
-        """Multiplications and additions that the layer needs; those of a recomputation are not counted."""
-        between = dx_needed or self._attention.adapted
-        return self._mlp.operations(pack, backward=backward, dx_needed=between) + self._attention.operations(
-            pack, backward=backward and between, dx_needed=dx_needed
-        )
-
-    def kept_bytes(self, pack: Pack, itemsize: int) -> int:
-        """Of what `forward` keeps for a pack."""
-        return self._attention.kept_bytes(pack, itemsize) + self._mlp.kept_bytes(pack, itemsize)
-
-    def transient_bytes(self, pack: Pack, itemsize: int) -> int:
-        """Of what `backward` holds at its widest, beside what is kept."""
-        return max(self._attention.transient_bytes(pack, itemsize), self._mlp.transient_bytes(pack, itemsize))
-
-    def forward(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Kept]:
-        """The residual stream after the layer (x is changed in place), and all that the backward pass needs."""
-        x, of_attention = self._attention.forward(x, rows, dtype)
-        x, of_mlp = self._mlp.forward(x, rows, dtype)
-        return x, Kept(attention=of_attention, mlp=of_mlp)
-
-    def backward(self, gradient: Tensor, kept: Kept, rows: Rows, dtype: torch.dtype, *, needed: bool) -> Tensor | None:
-        """Gradient of the layer's input (fp32), where needed, from that of its output; uses `kept` up."""
-        if kept.input is not None:
-            kept = self.forward(kept.input.to(gradient.device), rows, dtype)[1]
-        assert kept.attention is not None and kept.mlp is not None  # noqa: S101, PT018 - for the type checker
-        between = self._mlp.backward(gradient, kept.mlp, rows, needed=needed or self._attention.adapted)
-        kept.mlp = None
-        return None if between is None else self._attention.backward(between, kept.attention, rows, needed=needed)
 
 
 def _accumulate(found: list[FactorGradients]) -> None:
