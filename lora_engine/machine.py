@@ -17,6 +17,8 @@ _CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container it is the cont
 # glibc's mallopt: how much free memory at the heap's end is given back, and from which size on blocks are mapped.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER, _LARGEST = 2**31 - 1, 32 << 20
+# Of what was resident when a job began: more is holes.
+_SLACK = 1.02
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
@@ -97,9 +99,22 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Have glibc give back what is free now: loading leaves holes that no step would fill."""
+    """Have glibc give back what is free now: loading, and steps of unlike sizes, leave holes that stay empty."""
     if (library := _glibc()) is not None:
         library.malloc_trim(0)
+
+
+class Heap:
+    """The heap of a process that computes on a CPU, as a job finds it once its calibrating step is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._settled = resident_bytes(device)
+
+    def tidy(self) -> None:
+        """Close the holes, which grow with steps of unlike sizes, once they have outgrown what the job began with."""
+        if self._device.type == "cpu" and resident_bytes(self._device) > _SLACK * self._settled:
+            give_back_freed_memory()
 
 
 def _glibc() -> ctypes.CDLL | None:

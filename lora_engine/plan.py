@@ -324,14 +324,15 @@ def _calibrated(job: Job, choice: Choice, batch: Batch) -> tuple[float | None, i
         machine.forget_peak(device)
         before = machine.resident_bytes(device)
         run.gradients(batch, float(batch.trained_tokens), dropout)
-        grown = max(0, machine.peak_bytes(device) - before)
         started = time.perf_counter()
         run.gradients(batch, float(batch.trained_tokens), dropout)
+        seconds = time.perf_counter() - started
+        grown = max(0, machine.peak_bytes(device) - before)
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
         return None, 0
-    return run.operations(batch) / (time.perf_counter() - started), grown
+    return run.operations(batch) / seconds, grown
 
 
 def _predicted_seconds(job: Job, choice: Choice, rate: float | None) -> tuple[float | None, float | None]:

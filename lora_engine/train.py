@@ -101,6 +101,7 @@ class Training:
             self.close()
             raise
         self._history = History(self.plan.steps_per_epoch)
+        self._heap = machine.Heap(base.device)
 
     @property
     def validation_loss_before(self) -> float | None:
@@ -158,6 +159,7 @@ class Training:
             progress.tokens += tokens
             seconds = time.perf_counter() - started
             validation_loss = self._evaluate_if_due()
+            self._heap.tidy()
             last = progress.step == self.plan.steps or progress.stopped_early
             limit = self.plan.matmul_rate
             operations = sum(self._run.operations(batch) for batch in batches)
@@ -294,8 +296,7 @@ class Training:
             "history": self._history.to_state(),
             **dataclasses.asdict(self._progress),
         }
-        folder = Path(self.spec.output) / "checkpoints"
-        return checkpoint.save(folder, self._progress.step, self._tensors(), state)
+        return checkpoint.save(Path(self.spec.output) / "checkpoints", self._progress.step, self._tensors(), state)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint as if nothing had happened, to the bit on CPU.

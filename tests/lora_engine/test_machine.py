@@ -89,3 +89,15 @@ def test_running_out_of_memory_is_told_apart(error: BaseException, expected: boo
 def test_freed_memory_is_kept_without_complaint() -> None:
     machine.keep_freed_memory()
     assert torch.ones(1000).sum() == 1000
+
+
+def test_a_heap_that_has_outgrown_its_beginning_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = iter([1000, 1001, 1019, 1021, 1000])
+    monkeypatch.setattr(machine, "resident_bytes", lambda _: next(resident))
+    given_back: list[bool] = []
+    monkeypatch.setattr(machine, "give_back_freed_memory", lambda: given_back.append(True))
+    heap, counts = machine.Heap(CPU), []
+    for _ in range(4):
+        heap.tidy()
+        counts.append(len(given_back))
+    assert counts == [0, 0, 1, 1]

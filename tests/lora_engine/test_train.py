@@ -244,3 +244,11 @@ def test_documents_beyond_the_models_positions_are_cut(spec: Spec, base: BaseMod
     with Training(job, base) as training:
         assert (training.plan.longest, training.plan.truncated) == (256, 1)
         list(training.steps())
+
+
+def test_the_heap_is_tidied_after_each_step(spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tidied: list[int] = []
+    with Training(spec(max_steps=3), base) as training:
+        monkeypatch.setattr(training._heap, "tidy", lambda: tidied.append(training.step))
+        list(training.steps())
+    assert tidied == [1, 2, 3]
