@@ -75,10 +75,10 @@ def load(
     dtype = _dtype(compute_dtype, place)
     model = _skeleton(folder, dtype)
     _fill(model, Weights(folder, model), place, quantization)
-    _rebuild_buffers(model, place)
+    rebuild_buffers(model, place)
     model.eval()
     model.requires_grad_(False)
-    tokenizer = _tokenizer(folder, len(model.get_input_embeddings().weight))
+    tokenizer = load_tokenizer(folder, len(model.get_input_embeddings().weight))
     return BaseModel(model, tokenizer, folder, place, quantization, dtype, digest)
 
 
@@ -174,7 +174,12 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
         raise BaseModelError(f"not a causal language model that transformers knows: {error}") from error
 
 
-def _tokenizer(folder: Path, embeddings: int) -> Any:
+def load_tokenizer(folder: Path, embeddings: int) -> Any:
+    """The tokenizer of a base model with so many embeddings.
+
+    Raises:
+        BaseModelError: it needs code of its own, cannot be loaded, or has more ids than there are embeddings.
+    """
     config = folder / "tokenizer_config.json"
     if config.exists() and "auto_map" in read_json(config):
         raise BaseModelError("the tokenizer needs code of its own (auto_map), which is never run")
@@ -202,12 +207,13 @@ def _fill(model: Any, weights: Weights, device: torch.device, quantization: str)
         if quantization != "none" and leaf == "weight" and module is not head and linear_shape(module):
             model.set_submodule(path, _quantized(module, tensor, quantization))
         else:
-            _place(module, leaf, tensor)
+            place(module, leaf, tensor)
     model.tie_weights(missing_keys=weights.missing, recompute_mapping=False)
 
 
-def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
-    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # so that `_rebuild_buffers` leaves it alone
+def place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter or buffer `leaf` of `module`, frozen, as loaded."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # so that `rebuild_buffers` leaves it alone
     if leaf in module._parameters:
         parameter = nn.Parameter(tensor, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -221,7 +227,7 @@ def _quantized(module: nn.Module, weight: Tensor, quantization: str) -> Quantize
     return LAYERS[quantization](oriented, module._parameters.get("bias"), weight.dtype)
 
 
-def _rebuild_buffers(model: Any, device: torch.device) -> None:
+def rebuild_buffers(model: Any, device: torch.device) -> None:
     """Compute what is in no file: rotary frequencies, masks. transformers' own initialisation knows how."""
     for module in model.modules():
         module._is_hf_initialized = True

@@ -5,7 +5,7 @@ its own rules. Names are settled from the files' headers, before any tensor is r
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,13 +56,22 @@ class Weights:
         if absent or unexpected:
             raise BaseModelError(f"tensors missing: {some(absent)}; not in the architecture: {some(unexpected)}")
 
-    def tensors(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def places(self) -> dict[str, tuple[Path, str]]:
+        """Name in the model → file and stored name, of the tensors that lie in a file as the model has them."""
+        as_they_are = {name: part.sources[0][1] for name, part in self._parts.items() if part.converter is None}
+        return {name: (self._files.path(stored), stored) for name, stored in as_they_are.items()}
+
+    def tensors(self, device: torch.device, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """(name in the model, tensor on `device`, of the model's shape and dtype), all that the files hold.
+
+        Those of `places` that are in `skip` are not read.
 
         Raises:
             BaseModelError: a tensor is torn, of another shape, or holds values that are no numbers.
         """
         for first, part in self._parts.items():
+            if part.converter is None and first in skip:
+                continue
             if part.converter is None:
                 produced = {first: self._read(part.sources[0][1], self._expected[first].dtype, device)}
             else:
@@ -140,6 +149,9 @@ class _Files:
 
     def names(self) -> list[str]:
         return list(self._paths)
+
+    def path(self, name: str) -> Path:
+        return self._paths[name]
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file."""
