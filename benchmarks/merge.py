@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_engine import adapter
-from lora_engine.config import MergeSpec, WeightedAdapter
-from lora_engine.merge import stack
+from lora_engine.merging.config import MergeSpec, WeightedAdapter
+from lora_engine.merging.merge import merge
 
 ROUNDS = 5
 WEIGHTS = (0.7, -0.4, 1.2)
@@ -69,7 +69,7 @@ def measure(folder: Path, settings: list[dict[str, Any]]) -> list[str]:
 
 def ours(sources: list[Path], folder: Path) -> Path:
     pairs = zip(sources, WEIGHTS, strict=True)
-    stack(MergeSpec(adapters=[WeightedAdapter(path=str(path), weight=w) for path, w in pairs], output=str(folder)))
+    merge(MergeSpec(adapters=[WeightedAdapter(path=str(path), weight=w) for path, w in pairs], output=str(folder)))
     return folder
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_engine import strict_json
-from lora_engine.config import MergeSpec, TrainSpec, from_mapping, to_mapping
+from lora_engine.config import TrainSpec, from_mapping, to_mapping
 from lora_engine.errors import AdapterError, CheckpointError, Diverged, EngineError, SpecError
+from lora_engine.merging.config import MergeSpec
 from lora_engine.progress import Progress
 
 Spec = TypeVar("Spec")
@@ -87,9 +88,9 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
 def merge(options: argparse.Namespace) -> dict[str, Any]:
     """Merge the adapters of a spec file into one."""
-    from lora_engine.merge import stack
+    from lora_engine.merging.merge import merge
 
-    return stack(_read_spec(MergeSpec, options.spec))
+    return merge(_read_spec(MergeSpec, options.spec))
 
 
 def generate(options: argparse.Namespace) -> list[dict[str, str]]:

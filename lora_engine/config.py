@@ -5,24 +5,16 @@ The service takes `LoraConfig` and `TrainingConfig` as they stand in the body of
 `SpecError`, which is a `ValueError` with the field's name. No torch is imported here.
 """
 
-import dataclasses
-import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from lora_engine.errors import SpecError
-
-T = TypeVar("T")
+from lora_engine.fields import MAX_NAMES, bounded, bounded_values, check_module_name, from_mapping, one_of, to_mapping
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1024
 MAX_STACK_RANK = 4096
-_MAX_NAMES = 1024
-# Names joined by dots, with the wildcards of file names; no regular expression, whose matching can take for ever.
-_MODULE_PATTERN = re.compile(r"[A-Za-z0-9_*?\[\]!-]+(\.[A-Za-z0-9_*?\[\]!-]+)*")
 _PAGED = ("paged_adamw", "paged_adamw_8bit")
 
 
@@ -60,15 +52,15 @@ class LoraConfig:
     lora_plus_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        _bounded(self, "rank", 1, MAX_RANK)
+        bounded(self, "rank", 1, MAX_RANK)
         if self.alpha is not None:
-            _bounded(self, "alpha", 0, 65536, exclusive_low=True)
-        _bounded(self, "dropout", 0, 0.95)
-        _bounded_values(self, "rank_pattern", 1, MAX_RANK)
-        _bounded_values(self, "alpha_pattern", 0, 65536, exclusive_low=True)
-        _bounded_values(self, "learning_rate_pattern", 0, 1, exclusive_low=True)
+            bounded(self, "alpha", 0, 65536, exclusive_low=True)
+        bounded(self, "dropout", 0, 0.95)
+        bounded_values(self, "rank_pattern", 1, MAX_RANK)
+        bounded_values(self, "alpha_pattern", 0, 65536, exclusive_low=True)
+        bounded_values(self, "learning_rate_pattern", 0, 1, exclusive_low=True)
         if self.lora_plus_ratio is not None:
-            _bounded(self, "lora_plus_ratio", 0, 1024, exclusive_low=True)
+            bounded(self, "lora_plus_ratio", 0, 1024, exclusive_low=True)
         if self.target_modules == ALL_LINEAR:
             return
         if isinstance(self.target_modules, str):
@@ -76,10 +68,10 @@ class LoraConfig:
                 f'target_modules: expected a list of module names or "{ALL_LINEAR}"', field="target_modules"
             )
         names = tuple(self.target_modules)
-        if not 1 <= len(names) <= _MAX_NAMES:
-            raise SpecError(f"target_modules: expected between 1 and {_MAX_NAMES} module names", field="target_modules")
+        if not 1 <= len(names) <= MAX_NAMES:
+            raise SpecError(f"target_modules: expected between 1 and {MAX_NAMES} module names", field="target_modules")
         for name in names:
-            _check_module_name("target_modules", name)
+            check_module_name("target_modules", name)
         object.__setattr__(self, "target_modules", tuple(dict.fromkeys(names)))
 
     @property
@@ -137,27 +129,27 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of(self, "quantization", ("none", "nf4", "int8"))
-        _one_of(self, "compute_dtype", ("auto", "fp32", "bf16"))
-        _one_of(self, "schedule", ("cosine", "linear", "constant"))
-        _one_of(self, "optimizer", ("adamw", "sgd", "adamw_8bit", *_PAGED))
-        _bounded(self, "epochs", 1, 1000)
+        one_of(self, "quantization", ("none", "nf4", "int8"))
+        one_of(self, "compute_dtype", ("auto", "fp32", "bf16"))
+        one_of(self, "schedule", ("cosine", "linear", "constant"))
+        one_of(self, "optimizer", ("adamw", "sgd", "adamw_8bit", *_PAGED))
+        bounded(self, "epochs", 1, 1000)
         if self.max_steps is not None:
-            _bounded(self, "max_steps", 1, 10_000_000)
-        _bounded(self, "global_batch", 1, 4096)
-        _bounded(self, "sequence_length", 8, 131_072)
-        _bounded(self, "learning_rate", 0, 1, exclusive_low=True)
-        _bounded(self, "momentum", 0, 0.9999)
-        _bounded(self, "warmup_ratio", 0, 1)
-        _bounded(self, "weight_decay", 0, 1)
-        _bounded(self, "max_grad_norm", 0, 1e6, exclusive_low=True)
-        _bounded(self, "validation_fraction", 0, 0.5)
-        _bounded(self, "eval_every", 0, 10_000_000)
-        _bounded(self, "checkpoint_every", 1, 10_000_000)
-        _bounded(self, "max_nonfinite_steps", 1, 1000)
-        _bounded(self, "seed", 0, 2**31 - 1)
+            bounded(self, "max_steps", 1, 10_000_000)
+        bounded(self, "global_batch", 1, 4096)
+        bounded(self, "sequence_length", 8, 131_072)
+        bounded(self, "learning_rate", 0, 1, exclusive_low=True)
+        bounded(self, "momentum", 0, 0.9999)
+        bounded(self, "warmup_ratio", 0, 1)
+        bounded(self, "weight_decay", 0, 1)
+        bounded(self, "max_grad_norm", 0, 1e6, exclusive_low=True)
+        bounded(self, "validation_fraction", 0, 0.5)
+        bounded(self, "eval_every", 0, 10_000_000)
+        bounded(self, "checkpoint_every", 1, 10_000_000)
+        bounded(self, "max_nonfinite_steps", 1, 1000)
+        bounded(self, "seed", 0, 2**31 - 1)
         if self.early_stopping_patience is not None:
-            _bounded(self, "early_stopping_patience", 1, 10_000)
+            bounded(self, "early_stopping_patience", 1, 10_000)
             if not self.eval_every:
                 raise SpecError(
                     "early_stopping_patience: nothing would be evaluated on the way; set eval_every to the steps "
@@ -192,7 +184,7 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         if self.threads is not None:
-            _bounded(self, "threads", 1, 1024)
+            bounded(self, "threads", 1, 1024)
         check_held_out(self.training, self.validation_dataset)
         if self.device != "auto":
             check_device(self.training, self.device.partition(":")[0])
@@ -218,150 +210,11 @@ def check_device(training: TrainingConfig, device_type: str) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightedAdapter:
-    """One source of a merge: an adapter's folder and the weight its delta gets, of any sign."""
-
-    path: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        _bounded(self, "weight", -1e4, 1e4)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeSpec:
-    """Several adapters into one.
-
-    Attributes:
-        adapters: the sources, all of one base model.
-        output: folder for the merged adapter.
-        method: "stack" concatenates along the rank and is exact.
-    """
-
-    adapters: Sequence[WeightedAdapter]
-    output: str
-    method: Literal["stack"] = "stack"
-
-    def __post_init__(self) -> None:
-        _one_of(self, "method", ("stack",))
-        if not self.adapters:
-            raise SpecError("adapters: expected at least one adapter", field="adapters")
-
-
-def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """Build a spec (and the specs inside it) from decoded JSON.
-
-    Raises:
-        SpecError: an unknown, missing or impossible field, named from the spec's root.
-    """
-    if not isinstance(values, Mapping):
-        raise SpecError(f"{prefix or 'spec'}: expected an object", field=prefix.rstrip("."))
-    hints = typing.get_type_hints(cls)
-    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields:
-            raise SpecError(f"{prefix}{name}: unknown field; known are {', '.join(fields)}", field=f"{prefix}{name}")
-    for name, item in fields.items():
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise SpecError(f"{prefix}{name}: is missing", field=f"{prefix}{name}")
-    arguments = {name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()}
-    try:
-        return cls(**arguments)
-    except SpecError as error:
-        if prefix:
-            raise SpecError(f"{prefix}{error.message}", field=f"{prefix}{error.field}") from None
-        raise
-
-
-def to_mapping(spec: Any) -> dict[str, Any]:
-    """The inverse of `from_mapping`: plain JSON values."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return to_mapping(value)
-        if isinstance(value, Mapping):
-            return dict(value)
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return {item.name: plain(getattr(spec, item.name)) for item in dataclasses.fields(spec)}
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_mapping(hint, value, f"{path}.")
-    (*_, inner) = typing.get_args(hint) or (None,)
-    if typing.get_origin(hint) is Sequence and dataclasses.is_dataclass(inner) and isinstance(value, list):
-        return [_convert(inner, item, f"{path}[{index}]") for index, item in enumerate(value)]
-    if not _matches(hint, value):
-        raise SpecError(f"{path}: {_short(value)} is of the wrong type", field=path)
-    return value
-
-
-def _matches(hint: Any, value: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(option, value) for option in typing.get_args(hint))
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin is Sequence:
-        (inner,) = typing.get_args(hint)
-        return isinstance(value, list) and all(_matches(inner, item) for item in value)
-    if origin is Mapping:
-        (_, inner) = typing.get_args(hint)
-        return isinstance(value, dict) and all(_matches(inner, item) for item in value.values())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return value is None if hint is type(None) else isinstance(value, hint)
-
-
-def _bounded(spec: Any, name: str, low: float, high: float, *, exclusive_low: bool = False) -> None:
-    _check_bounds(name, getattr(spec, name), low, high, exclusive_low)
-
-
-def _check_bounds(name: str, value: Any, low: float, high: float, exclusive_low: bool, where: str = "") -> None:
-    # `not (…)` rather than `value < low`: NaN compares false with everything.
-    if not (low < value if exclusive_low else low <= value) or not value <= high:
-        bound = "greater than" if exclusive_low else "at least"
-        raise SpecError(f"{name}: {_short(value)}{where} must be {bound} {low} and at most {high}", field=name)
-
-
-def _bounded_values(spec: Any, name: str, low: float, high: float, *, exclusive_low: bool = False) -> None:
-    """Of a pattern: its names and its values; the spec gets a copy that nobody else can change."""
-    values = dict(getattr(spec, name))
-    if len(values) > _MAX_NAMES:
-        raise SpecError(f"{name}: expected at most {_MAX_NAMES} entries", field=name)
-    for module, value in values.items():
-        _check_module_name(name, module)
-        _check_bounds(name, value, low, high, exclusive_low, f" for {module!r}")
-    object.__setattr__(spec, name, values)
-
-
-def _check_module_name(field_name: str, name: Any) -> None:
-    if not isinstance(name, str) or len(name) > 200 or not _MODULE_PATTERN.fullmatch(name):
-        raise SpecError(f"{field_name}: {str(name)[:40]!r} is not a module name", field=field_name)
-
-
-def _one_of(spec: Any, name: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(spec, name)
-    if value not in allowed:
-        raise SpecError(f"{name}: {_short(value)} must be one of {', '.join(allowed)}", field=name)
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:40]
-
-
 __all__ = [
     "ALL_LINEAR",
     "LoraConfig",
-    "MergeSpec",
     "TrainSpec",
     "TrainingConfig",
-    "WeightedAdapter",
     "check_device",
     "check_held_out",
     "from_mapping",

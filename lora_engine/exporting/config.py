@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lora_engine.config import WeightedAdapter
 from lora_engine.errors import SpecError
+from lora_engine.merging.config import WeightedAdapter
 
 Format = Literal["peft", "peft-portable", "merged", "gguf", "gguf-merged", "mlx"]
 Dtype = Literal["fp32", "fp16", "bf16"]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from lora_engine.config import LoraConfig, MergeSpec, TrainingConfig, TrainSpec, from_mapping, to_mapping
+from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec, from_mapping, to_mapping
 from lora_engine.errors import SpecError
+from lora_engine.merging.config import MergeSpec
 
 PATHS = {"base_model": "b", "dataset": "d", "output": "o"}
 
@@ -167,7 +168,7 @@ def test_target_modules_are_named_once() -> None:
 
 
 def test_the_torch_free_part_imports_no_torch() -> None:
-    modules = "config, errors, examples, strict_json, base_files, target_modules"
+    modules = "config, fields, errors, examples, strict_json, base_files, target_modules"
     code = f"import sys; from lora_engine import {modules}; print('torch' in sys.modules, 'numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False False\n"

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from lora_engine import adapter
 from lora_engine.adapter import Adapter, LoraWeights
 from lora_engine.adapter_header import WEIGHTS as FILE
-from lora_engine.config import MAX_STACK_RANK, MergeSpec, WeightedAdapter
+from lora_engine.config import MAX_STACK_RANK
 from lora_engine.errors import AdapterError, SpecError
-from lora_engine.merge import stack
+from lora_engine.merging.config import MergeSpec, WeightedAdapter
+from lora_engine.merging.merge import merge
 from tests.lora_engine import peft_adapters
 
 # Ranks, alphas, rsLoRA, patterns and target modules all differ.
@@ -64,7 +65,7 @@ def assert_is_sum(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 def test_a_stack_of_unlike_adapters_is_their_weighted_sum(sources: list[Path], tmp_path: Path) -> None:
     pairs = list(zip(sources, WEIGHTS, strict=True))
-    metrics = stack(spec(tmp_path / "out", *pairs))
+    metrics = merge(spec(tmp_path / "out", *pairs))
     assert_is_sum(tmp_path / "out", reference(*pairs))
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert metrics["rank"] == config["r"] == config["lora_alpha"] == 4 + 6  # v_proj has the most
@@ -75,7 +76,7 @@ def test_a_stack_of_unlike_adapters_is_their_weighted_sum(sources: list[Path], t
 
 def test_stock_peft_adds_the_stack_to_the_base_model(sources: list[Path], tmp_path: Path) -> None:
     pairs = list(zip(sources, WEIGHTS, strict=True))
-    stack(spec(tmp_path / "out", *pairs))
+    merge(spec(tmp_path / "out", *pairs))
     base = peft_adapters.base_model()
     for module, value in reference(*pairs).items():
         base.get_submodule(module).weight.data += value.float()
@@ -85,14 +86,14 @@ def test_stock_peft_adds_the_stack_to_the_base_model(sources: list[Path], tmp_pa
 
 
 def test_the_same_adapter_twice_counts_once_with_both_weights(sources: list[Path], tmp_path: Path) -> None:
-    metrics = stack(spec(tmp_path / "out", (sources[0], 0.5), (sources[1], 1.0), (sources[0], -2.0)))
+    metrics = merge(spec(tmp_path / "out", (sources[0], 0.5), (sources[1], 1.0), (sources[0], -2.0)))
     assert_is_sum(tmp_path / "out", reference((sources[0], -1.5), (sources[1], 1.0)))
     assert metrics["rank"] == 4 + 6
     assert len(metrics["parents"]) == 2
 
 
 def test_an_adapter_of_weight_zero_adds_no_columns_and_no_modules(sources: list[Path], tmp_path: Path) -> None:
-    metrics = stack(spec(tmp_path / "out", (sources[0], 1.0), (sources[1], 0.0)))
+    metrics = merge(spec(tmp_path / "out", (sources[0], 1.0), (sources[1], 0.0)))
     assert_is_sum(tmp_path / "out", reference((sources[0], 1.0)))
     assert metrics["rank"] == 4
     lineage = json.loads((tmp_path / "out/lineage.json").read_text())
@@ -102,22 +103,22 @@ def test_an_adapter_of_weight_zero_adds_no_columns_and_no_modules(sources: list[
 
 
 def test_a_stack_can_be_stacked_again(sources: list[Path], tmp_path: Path) -> None:
-    stack(spec(tmp_path / "one", (sources[0], 0.5), (sources[2], 1.0)))
-    stack(spec(tmp_path / "two", (tmp_path / "one", -2.0), (sources[1], 3.0)))
+    merge(spec(tmp_path / "one", (sources[0], 0.5), (sources[2], 1.0)))
+    merge(spec(tmp_path / "two", (tmp_path / "one", -2.0), (sources[1], 3.0)))
     assert_is_sum(tmp_path / "two", reference((sources[0], -1.0), (sources[2], -2.0), (sources[1], 3.0)))
 
 
 def test_the_bytes_depend_on_sources_and_weights_and_not_on_their_order(sources: list[Path], tmp_path: Path) -> None:
     pairs = list(zip(sources, WEIGHTS, strict=True))
-    stack(spec(tmp_path / "a", *pairs))
-    stack(spec(tmp_path / "b", *reversed(pairs)))
+    merge(spec(tmp_path / "a", *pairs))
+    merge(spec(tmp_path / "b", *reversed(pairs)))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_weights_that_cancel_out_are_refused(sources: list[Path], tmp_path: Path) -> None:
     for pairs in ([(sources[0], 0.0), (sources[1], 0.0)], [(sources[0], 0.5), (sources[0], -0.5)]):
         with pytest.raises(SpecError, match="every weight is 0") as caught:
-            stack(spec(tmp_path / "out", *pairs))
+            merge(spec(tmp_path / "out", *pairs))
         assert caught.value.field == "adapters"
 
 
@@ -147,10 +148,10 @@ def test_adapters_of_different_base_models_are_refused(
 ) -> None:
     pairs = [(written(tmp_path / "1", **first), 1.0), (written(tmp_path / "2", **second, alpha=3.0), 1.0)]
     if fits:
-        assert stack(spec(tmp_path / "out", *pairs))["rank"] == 4
+        assert merge(spec(tmp_path / "out", *pairs))["rank"] == 4
     else:
         with pytest.raises(AdapterError):
-            stack(spec(tmp_path / "out", *pairs))
+            merge(spec(tmp_path / "out", *pairs))
         assert not (tmp_path / "out").exists()
 
 
@@ -158,8 +159,8 @@ def test_every_refusal_comes_before_a_tensor_is_read(tmp_path: Path) -> None:
     first, second = written(tmp_path / "1"), written(tmp_path / "2", weights=WIDER)
     tensors = {name: torch.full_like(value, torch.nan) for name, value in load_file(first / FILE).items()}
     save_file(tensors, first / FILE)
-    with pytest.raises(AdapterError, match="in one adapter"):
-        stack(spec(tmp_path / "out", (first, 1.0), (second, 1.0)))
+    with pytest.raises(AdapterError, match="2: model.x_proj is 6 × 9, but 6 × 8 in 1"):
+        merge(spec(tmp_path / "out", (first, 1.0), (second, 1.0)))
 
 
 def test_ranks_that_add_up_to_too_much_are_refused(tmp_path: Path) -> None:
@@ -170,4 +171,4 @@ def test_ranks_that_add_up_to_too_much_are_refused(tmp_path: Path) -> None:
         adapter.write(Adapter(weights, rank, 1.0, base_model_name="base"), tmp_path / str(index), lineage={})
         pairs.append((tmp_path / str(index), 1.0))
     with pytest.raises(SpecError, match="the ranks add up to 4098"):
-        stack(spec(tmp_path / "out", *pairs))
+        merge(spec(tmp_path / "out", *pairs))

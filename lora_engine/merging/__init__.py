@@ -1,0 +1,1 @@
+"""Several adapters into one: exactly, or with the error stated."""

@@ -1,0 +1,137 @@
+"""How far a merged adapter is from what it should be, measured from the factors alone. No torch.
+
+For every module, with D the method's exact result and D' what the file holds:
+
+    frobenius, spectral            ‖D' - D‖ / ‖D‖ in both norms; of a module that should be 0: 0, or null if it is not
+    sum_frobenius, sum_spectral    the same against the exact weighted sum Σ weight_i · scaling_i · B_i·A_i
+    rounding                       the part of `frobenius` that comes from writing 32 or 16 bit
+    norm, ranks_before, rank       ‖D‖ in the Frobenius norm, the sources' ranks added up, and the result's rank
+
+Totals are over all modules: the root of the summed squares, and the largest singular value of any.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import fsum, sqrt
+from typing import Any
+
+import numpy as np
+
+from lora_engine.merging.arrays import Array, Wide
+
+FILE = "certificate.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Of one matrix: Frobenius and spectral."""
+
+    frobenius: float
+    spectral: float
+
+
+ZERO = Norms(0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCertificate:
+    """Absolute norms of one module; the file has them relative.
+
+    Attributes:
+        exact: of the method's exact result.
+        error: of its distance to what is written.
+        weighted_sum, sum_error: the same for the exact weighted sum.
+        rounding: Frobenius norm of what rounding to the file's type changed.
+    """
+
+    exact: Norms
+    error: Norms
+    weighted_sum: Norms
+    sum_error: Norms
+    rounding: float
+    ranks_before: int
+    rank: int
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {
+            **_relative(self.exact, self.error, self.weighted_sum, self.sum_error, self.rounding),
+            "norm": self.exact.frobenius,
+            "ranks_before": self.ranks_before,
+            "rank": self.rank,
+        }
+
+
+def totals(modules: Mapping[str, ModuleCertificate]) -> dict[str, Any]:
+    """Of all modules together, as of one block-diagonal matrix; the ranks are the largest."""
+    items = [modules[name] for name in sorted(modules)]
+    exact, error = _together([item.exact for item in items]), _together([item.error for item in items])
+    weighted_sum = _together([item.weighted_sum for item in items])
+    sum_error = _together([item.sum_error for item in items])
+    rounding = sqrt(fsum(item.rounding**2 for item in items))
+    return {
+        **_relative(exact, error, weighted_sum, sum_error, rounding),
+        "norm": exact.frobenius,
+        "ranks_before": max(item.ranks_before for item in items),
+        "rank": max(item.rank for item in items),
+    }
+
+
+def norms(B: Wide | Array, A: Wide | Array) -> Norms:
+    """Of B·A (out × in), in fp64, without forming it: R × R matrices alone.
+
+    Where B·A cancels to less than 1e-7 of its terms, `exact_norms` has digits that this has not.
+    """
+    return gram_norms(gram(B.T), gram(A))
+
+
+def gram(rows: Wide | Array) -> Wide:
+    """rows · rowsᵀ in fp64, of rows of any length."""
+    wide = np.asarray(rows, dtype=np.float64)
+    product: Wide = wide @ wide.T
+    return product
+
+
+def gram_norms(columns: Wide, rows: Wide) -> Norms:
+    """Of B·A from BᵀB and A·Aᵀ: ‖B·A‖_F² is the sum of their elementwise product."""
+    if not columns.size:
+        return ZERO
+    values, vectors = np.linalg.eigh(columns)
+    half = vectors * np.sqrt(np.clip(values, 0, None))
+    largest = np.linalg.eigvalsh(half.T @ rows @ half)[-1]
+    return Norms(sqrt(max(float((columns * rows).sum()), 0.0)), sqrt(max(float(largest), 0.0)))
+
+
+def exact_norms(B: Wide | Array, A: Wide | Array) -> Norms:
+    """As `norms`, from the singular values by QR in fp64: sound also where B·A almost cancels."""
+    left = _triangle(np.asarray(B, np.float64))
+    right = _triangle(np.asarray(A, np.float64).T)
+    return of_singular_values(np.linalg.svd(left @ right.T, compute_uv=False))
+
+
+def of_singular_values(values: Wide) -> Norms:
+    return Norms(float(np.sqrt((values**2).sum())), float(values[0])) if values.size else ZERO
+
+
+def _triangle(matrix: Wide) -> Wide:
+    triangle: Wide = np.linalg.qr(matrix, mode="r")
+    return triangle
+
+
+def _together(items: list[Norms]) -> Norms:
+    return Norms(sqrt(fsum(item.frobenius**2 for item in items)), max(item.spectral for item in items))
+
+
+def _relative(exact: Norms, error: Norms, weighted_sum: Norms, sum_error: Norms, rounding: float) -> dict[str, Any]:
+    return {
+        "frobenius": _ratio(error.frobenius, exact.frobenius),
+        "spectral": _ratio(error.spectral, exact.spectral),
+        "sum_frobenius": _ratio(sum_error.frobenius, weighted_sum.frobenius),
+        "sum_spectral": _ratio(sum_error.spectral, weighted_sum.spectral),
+        "rounding": _ratio(rounding, exact.frobenius),
+    }
+
+
+def _ratio(value: float, norm: float) -> float | None:
+    if norm:
+        return value / norm
+    return None if value else 0.0

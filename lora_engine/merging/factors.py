@@ -1,0 +1,67 @@
+"""The factors of a module's sources side by side: Σ weight_i · scaling_i · B_i·A_i = B · diag(scale) · A.
+
+The scale stays apart in fp64, so that whoever rounds does it once. No torch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from lora_engine.adapter_header import FACTORS, PREFIX, WEIGHTS
+from lora_engine.errors import AdapterError
+from lora_engine.merging.arrays import Array, Wide
+from lora_engine.merging.sources import ModulePlan
+from lora_engine.safetensors_file import Entry, read_array, read_header
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """B (outputs × R) and A (R × inputs) as the sources have them, fp32; scale (R) in fp64.
+
+    `blocks` says which columns of B and rows of A are those of each part, in the order of the plan.
+    """
+
+    B: Array
+    A: Array
+    scale: Wide
+    blocks: tuple[slice, ...]
+
+
+def load(module: str, plan: ModulePlan, *, weighted: bool = True) -> Factors:
+    """The factors of one module; without `weighted` the scale leaves out the weights.
+
+    Raises:
+        AdapterError: a value that is not finite, or a file that has changed since it was planned.
+    """
+    B = np.zeros((plan.outputs, plan.rank), np.float32)
+    A = np.zeros((plan.rank, plan.inputs), np.float32)
+    scale = np.empty(plan.rank)
+    blocks = []
+    start = 0
+    for part in plan.parts:
+        block = slice(start, start + part.rank)
+        A[block] = _read(part.header.folder, f"{PREFIX}{module}{FACTORS[0]}", (part.rank, plan.inputs))
+        B[:, block] = _read(part.header.folder, f"{PREFIX}{module}{FACTORS[1]}", (plan.outputs, part.rank))
+        scale[block] = part.scaling * (part.weight if weighted else 1.0)
+        blocks.append(block)
+        start = block.stop
+    return Factors(B, A, scale, tuple(blocks))
+
+
+def _read(folder: Path, name: str, shape: tuple[int, int]) -> Array:
+    path = folder / WEIGHTS
+    status = path.stat()
+    entry = _header(path, status.st_mtime_ns, status.st_size).get(name)
+    if entry is None or entry.shape != shape:
+        raise AdapterError(f"{folder.name}: {name} has changed while it was merged")
+    array = read_array(path, entry)
+    if not np.isfinite(array).all():
+        raise AdapterError(f"{folder.name}: {name} has values that are not finite; train or upload the adapter again")
+    return array
+
+
+@lru_cache(maxsize=256)
+def _header(path: Path, modified: int, size: int) -> dict[str, Entry]:  # noqa: ARG001 - a changed file is read again
+    return read_header(path)

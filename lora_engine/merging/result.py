@@ -1,0 +1,151 @@
+"""A merged adapter as it is written: weights, config, lineage, certificate and card, all of it or nothing. No torch."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_engine import peft_config, safetensors_file
+from lora_engine.adapter_header import CONFIG, FACTORS, LINEAGE, PREFIX, WEIGHTS
+from lora_engine.errors import AdapterError
+from lora_engine.folders import published
+from lora_engine.merging import card, certificate
+from lora_engine.merging.arrays import Array, Wide
+from lora_engine.merging.certificate import ModuleCertificate
+from lora_engine.merging.config import VLLM_RANKS
+from lora_engine.merging.recipe import digest
+from lora_engine.merging.sources import Plan
+
+_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_BF16_DROPS = 45  # bits of fp64's 52 that bf16's fraction of 7 has not
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleResult:
+    """A (rank × in) and B (out × rank), fp32 with values that the file's type holds; B·A is the module's delta."""
+
+    A: Array
+    B: Array
+    certificate: ModuleCertificate
+
+
+def rounded(array: Wide | Array, dtype: str, module: str) -> Array:
+    """The nearest values that "fp32", "fp16" or "bf16" holds, ties to even, in one rounding; as fp32.
+
+    Raises:
+        AdapterError: a value is beyond the type's range.
+    """
+    with np.errstate(over="ignore"):
+        if dtype == "bf16":
+            bits = np.asarray(array, np.float64).view(np.uint64)
+            half = np.uint64((1 << (_BF16_DROPS - 1)) - 1) + ((bits >> np.uint64(_BF16_DROPS)) & np.uint64(1))
+            kept = (bits + half) >> np.uint64(_BF16_DROPS) << np.uint64(_BF16_DROPS)
+            result = kept.view(np.float64).astype(np.float32)
+        else:
+            result = array.astype(np.float16 if dtype == "fp16" else np.float32).astype(np.float32)
+    if not np.isfinite(result).all():
+        raise AdapterError(f"{module}: values beyond what {dtype} holds; use {'fp32' if dtype != 'fp32' else 'less'}")
+    return result
+
+
+def publish(
+    plan: Plan,
+    results: Mapping[str, ModuleResult],
+    folder: Path,
+    *,
+    lineage: Mapping[str, Any],
+    files: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write the adapter and return its metrics: method, rank, ranks before, modules, parents, recipe, certificate.
+
+    One rank for all modules (smaller ones are padded with zeros), alpha equal to it and no patterns, so that every
+    loader computes the same; where energy or bytes were asked for, every module has a rank of its own, which PEFT
+    alone reads.
+    """
+    native = plan.config.energy is not None or plan.config.max_bytes is not None
+    rank = _rank(plan, results)
+    config, arrays = _native(plan, results) if native else _portable(plan, results, rank)
+    modules = {name: item.certificate for name, item in results.items()}
+    recipe = plan.recipe
+    facts = {
+        "method": plan.config.method,
+        "parents": _parents(recipe),
+        "recipe": recipe,
+        "recipe_digest": digest(recipe),
+        **lineage,
+        "base_model": plan.base_model_name,
+        "base_digest": plan.base_digest,
+    }
+    certified = {
+        "method": plan.config.method,
+        "recipe_digest": facts["recipe_digest"],
+        "totals": certificate.totals(modules),
+        "modules": {name: item.to_mapping() for name, item in sorted(modules.items())},
+    }
+    with published(folder) as temporary:
+        path = temporary / WEIGHTS
+        safetensors_file.write(path, arrays, {"format": "pt"}, _TYPES[plan.config.options["dtype"]])
+        texts = {
+            CONFIG: _json(config),
+            LINEAGE: _json(dict(sorted(facts.items()))),
+            certificate.FILE: _json(certified),
+            "README.md": card.text(plan, rank, certified["totals"], native=native),
+            **files,
+        }
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+    return {
+        "method": plan.config.method,
+        "rank": rank,
+        "ranks_before": [max(item.rank for item in source.header.modules.values()) for source in plan.sources],
+        "modules": sum(1 for item in plan.modules.values() if item.parts),
+        "parents": facts["parents"],
+        "recipe_digest": facts["recipe_digest"],
+        "certificate": certified["totals"],
+    }
+
+
+def _rank(plan: Plan, results: Mapping[str, ModuleResult]) -> int:
+    rank = max(1, *(item.A.shape[0] for item in results.values()), 1)
+    return next(item for item in VLLM_RANKS if item >= rank) if plan.config.fit else rank
+
+
+def _parents(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"digest": source["digest"], "weight": source["weight"]}
+        | ({"weights": dict(source["weights"])} if source["weights"] else {})
+        for source in recipe["sources"]
+    ]
+
+
+def _portable(plan: Plan, results: Mapping[str, ModuleResult], rank: int) -> tuple[dict[str, Any], dict[str, Array]]:
+    arrays = {}
+    for module, item in results.items():
+        missing = rank - item.A.shape[0]
+        arrays[f"{PREFIX}{module}{FACTORS[0]}"] = np.pad(item.A, ((0, missing), (0, 0)))
+        arrays[f"{PREFIX}{module}{FACTORS[1]}"] = np.pad(item.B, ((0, 0), (0, missing)))
+    return peft_config.portable(rank, rank, plan.base_model_name, list(plan.target_modules)), arrays
+
+
+def _native(plan: Plan, results: Mapping[str, ModuleResult]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Full names everywhere, and a rank and an alpha of its own for every module that has any rank left."""
+    kept = {module: item for module, item in results.items() if item.A.shape[0]}
+    ranks = {f"^{re.escape(module)}": item.A.shape[0] for module, item in kept.items()}
+    rank = max(ranks.values())
+    config = peft_config.portable(rank, rank, plan.base_model_name, sorted(kept))
+    patterns = {name: value for name, value in ranks.items() if value != rank}
+    arrays = {
+        f"{PREFIX}{module}{factor}": array
+        for module, item in kept.items()
+        for factor, array in zip(FACTORS, (item.A, item.B), strict=True)
+    }
+    return {**config, "rank_pattern": patterns, "alpha_pattern": patterns}, arrays
+
+
+def _json(value: Any) -> str:
+    # Not sorted: of several entries of a rank pattern the first one counts.
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
