@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lora_engine.config import TrainingConfig
 from lora_engine.errors import SpecError
+from lora_engine.fields import bounded, one_of
 
 MAX_SOURCES = 64
 
@@ -42,12 +43,11 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.per not in ("adapter", "layer"):
-            raise SpecError(f"per: {_short(self.per)} must be one of adapter, layer", field="per")
-        _within(self, "steps", 1, 100_000)
-        _within(self, "eval_every", 1, 100_000)
-        _within(self, "selection_fraction", 0.01, 0.5)
-        _within(self, "test_fraction", 0.01, 0.5)
+        one_of(self, "per", ("adapter", "layer"))
+        bounded(self, "steps", 1, 100_000)
+        bounded(self, "eval_every", 1, 100_000)
+        bounded(self, "selection_fraction", 0.01, 0.5)
+        bounded(self, "test_fraction", 0.01, 0.5)
         if self.selection_fraction + self.test_fraction > 0.9:
             raise SpecError(
                 "test_fraction: with selection_fraction it leaves less than a tenth of the examples to search on; "
@@ -98,15 +98,5 @@ class SearchSpec:
         if not 1 <= len(self.adapters) <= MAX_SOURCES:
             raise SpecError(f"adapters: expected between 1 and {MAX_SOURCES} adapters", field="adapters")
         if self.threads is not None:
-            _within(self, "threads", 1, 1024)
+            bounded(self, "threads", 1, 1024)
         object.__setattr__(self, "adapters", tuple(self.adapters))
-
-
-def _within(spec: Any, name: str, low: float, high: float) -> None:
-    value = getattr(spec, name)
-    if not low <= value <= high:  # so written, NaN is refused
-        raise SpecError(f"{name}: {_short(value)} must be at least {low} and at most {high}", field=name)
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:40]
