@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-_NAMES = (
+NAMES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 
 def file_list(folder: Path) -> list[dict[str, Any]]:
     """The files that matter, sorted by name: `{"name", "size" (bytes), "sha256"}` each."""
-    paths = sorted(path for path in folder.iterdir() if path.name in _NAMES or path.suffix == ".safetensors")
+    paths = sorted(path for path in folder.iterdir() if path.name in NAMES or path.suffix == ".safetensors")
     return [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
 
 

@@ -56,6 +56,10 @@ class Weights:
         if absent or unexpected:
             raise BaseModelError(f"tensors missing: {some(absent)}; not in the architecture: {some(unexpected)}")
 
+    @property
+    def files(self) -> list[Path]:
+        return self._files.paths
+
     def places(self) -> dict[str, tuple[Path, str]]:
         """Name in the model → file and stored name, of the tensors that lie in a file as the model has them."""
         as_they_are = {name: part.sources[0][1] for name, part in self._parts.items() if part.converter is None}
@@ -140,7 +144,8 @@ class _Files:
         self._paths: dict[str, Path] = {}
         self._open: tuple[Path, Any] | None = None
         self._read_bytes = 0
-        for path in _shards(folder):
+        self.paths = _shards(folder)
+        for path in self.paths:
             try:
                 with safe_open(path, framework="pt") as file:
                     self._paths |= dict.fromkeys(file.keys(), path)

@@ -1,0 +1,109 @@
+"""What the adapters of an export add to a base model: their weighted sum, factored, module by module.
+
+    D = Σ weight_i · scaling_i · B_i·A_i = B·A,  B = [c_1·B_1 | … | c_k·B_k],  A = [A_1; …; A_k]
+
+with c_i = weight_i · scaling_i, in the order of the adapters' digests: the order in which they were named changes no
+bit.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lora_engine import strict_json
+from lora_engine.adapter import LoraWeights
+from lora_engine.adapter_header import LINEAGE, Header
+from lora_engine.errors import AdapterError
+from lora_engine.merging import factors, sources
+from lora_engine.merging.config import MergeSpec, WeightedAdapter
+from lora_engine.target_modules import Module
+
+
+class Factored(Protocol):
+    """Deltas by module name: B (out × R) times A (R × in), fp32 on the CPU, nothing else to multiply with."""
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """Their full names."""
+
+    def factors(self, module: str) -> LoraWeights:
+        """Of one module."""
+        raise NotImplementedError
+
+
+class Deltas:
+    """The weighted sum of adapter folders, read module by module.
+
+    Attributes:
+        shapes: module name → (out, in).
+        quantizations: of the weights that the adapters were trained against ("none", "nf4", "int8"), where they say.
+    """
+
+    def __init__(self, adapters: Sequence[WeightedAdapter]) -> None:
+        """Reads configs and headers.
+
+        Raises:
+            AdapterError: an adapter cannot be read, or they are not of one base model.
+            SpecError: the weights cancel out, or a pattern of weights names nothing.
+        """
+        spec = MergeSpec(adapters=adapters, output="")
+        self.plan = sources.plan(spec, sources.read(spec))
+        self.shapes = {name: (item.outputs, item.inputs) for name, item in self.plan.modules.items() if item.parts}
+        found = {_quantization(source.header) for source in self.plan.sources}
+        self.quantizations = tuple(sorted(name for name in found if name is not None))
+
+    @property
+    def modules(self) -> Sequence[str]:
+        return tuple(self.shapes)
+
+    @property
+    def headers(self) -> list[Header]:
+        return [source.header for source in self.plan.sources]
+
+    @property
+    def parents(self) -> list[dict[str, Any]]:
+        """Digests and weights of the sources, for the lineage."""
+        found: Any = self.plan.recipe["sources"]
+        return list(found)
+
+    def rank(self, module: str) -> int:
+        return self.plan.modules[module].rank
+
+    def factors(self, module: str) -> LoraWeights:
+        """A (R × in) and B (out × R), fp32, the scale in B rounded once.
+
+        Raises:
+            AdapterError: values that are not finite.
+        """
+        found = factors.load(module, self.plan.modules[module])
+        B = (found.B * found.scale).astype(np.float32)
+        return LoraWeights(torch.from_numpy(found.A), torch.from_numpy(B))
+
+    def check(self, modules: Sequence[Module]) -> None:
+        """Raises AdapterError for a module that is not among the linear layers of the base model, in this shape."""
+        known = {module.name: (module.outputs, module.inputs) for module in modules}
+        for name, shape in self.shapes.items():
+            if name not in known:
+                raise AdapterError(
+                    f"{name}: the base model has no linear layer of this name (experts that lie together in one tensor "
+                    "are none); use the base model that the adapter was trained on"
+                )
+            if known[name] != shape:
+                raise AdapterError(f"{name}: {shape} in the adapter, {known[name]} in the base model (out × in)")
+
+
+def norm(weights: LoraWeights) -> float:
+    """‖B·A‖ (Frobenius) without forming the product: Σ (BᵀB)∘(AAᵀ), in fp64."""
+    A, B = weights.A.double(), weights.B.double()
+    return float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt())
+
+
+def _quantization(header: Header) -> str | None:
+    """As the lineage of a trained adapter has it, or of a merged one whose sources agree; None where there is none."""
+    path = header.folder / LINEAGE
+    lineage: Any = strict_json.loads(path.read_bytes()) if path.exists() else {}
+    training = lineage.get("training") if isinstance(lineage, dict) else None
+    found = training.get("quantization") if isinstance(training, dict) else None
+    return found if found in ("none", "nf4", "int8") else None

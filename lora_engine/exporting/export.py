@@ -1,0 +1,191 @@
+"""Exports: adapters into other formats, each with a certificate of what it computes.
+
+    merged = base model + Σ weight_i · scaling_i · B_i·A_i, in one of the formats of `ExportConfig`
+
+Whatever can be wrong is found from configs and headers first. The result is written into a folder that nobody sees,
+read back from disk, compared with base model and adapters as they were trained, and published only then.
+"""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_engine.errors import AdapterError
+from lora_engine.exporting import base as bases
+from lora_engine.exporting import companions, merged, parity, peft
+from lora_engine.exporting.base import Base
+from lora_engine.exporting.config import ExportConfig, ExportSpec, gap_limit
+from lora_engine.exporting.deltas import Deltas
+from lora_engine.exporting.parity import Parity, Text
+from lora_engine.folders import published
+from lora_engine.merging.config import WeightedAdapter
+
+Tell = Callable[[int, int], None]
+
+CERTIFICATE = "certificate.json"
+_SPARE_BYTES = 64 << 20  # for tokenizer, configs and what the disk itself needs
+_BAD_ROUNDING = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An export that can be done.
+
+    Attributes:
+        trained_on: quantisation of the weights that the reference computes with: those of the training.
+        target: quantisation of the weights that the deltas are put into; that of `trained_on` for adapters.
+        prompts: of the parity.
+    """
+
+    config: ExportConfig
+    base: Base
+    deltas: Deltas
+    base_name: str
+    base_digest: str | None
+    trained_on: str
+    target: str
+    prompts: list[Text]
+    tell: Tell
+
+    def reference(self) -> Tensor:
+        model = self.base.evaluated(quantization=self.trained_on, deltas=self.deltas)
+        return parity.log_probabilities(model, self.prompts)
+
+
+def export(spec: ExportSpec, tell: Tell | None = None) -> dict[str, Any]:
+    """Write the export to `spec.output` and return its metrics, which `certificate.json` in it holds too.
+
+    Args:
+        tell: called in this thread with bytes done and in all; what it raises ends the export without a trace.
+
+    Raises:
+        SpecError: a field of the spec is impossible.
+        AdapterError: adapters that do not fit together or to the base model, or a format that cannot hold them; a
+            value that leaves the range of its type; a result that does not compute what was trained.
+        BaseModelError: the base model's files are missing, torn or unsupported.
+        OSError: a file cannot be read or written; the disk is full.
+    """
+    job = _prepare(spec, tell or (lambda *_: None))
+    output = Path(spec.output)
+    with published(output) as temporary:
+        facts = _FORMATS[spec.export.format](job, temporary)
+        result = {**_facts(job), **facts}
+        result["files"] = sorted([*(path.name for path in temporary.iterdir()), CERTIFICATE])
+        result["bytes"] = sum(path.stat().st_size for path in temporary.iterdir())
+        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        (temporary / CERTIFICATE).write_text(text, encoding="utf-8")
+    return result
+
+
+def _prepare(spec: ExportSpec, tell: Tell) -> Job:
+    base = bases.open_base(Path(spec.base_model))
+    deltas = Deltas(spec.adapters)
+    digest = bases.check(base, deltas)
+    trained_on, target = _quantizations(spec.export, deltas)
+    name = spec.base_model_name or deltas.plan.base_model_name or base.folder.name
+    return Job(spec.export, base, deltas, name, digest, trained_on, target, parity.texts(base.tokenizer), tell)
+
+
+def _quantizations(config: ExportConfig, deltas: Deltas) -> tuple[str, str]:
+    """What the adapters were trained on, and what the export puts them on."""
+    asked = "none" if config.base == "original" else config.base
+    known = deltas.quantizations
+    if asked == "auto" and len(known) > 1:
+        raise AdapterError(
+            f"base: the adapters were trained on different quantisations of the base model ({', '.join(known)}); say "
+            "which one the export shall be on"
+        )
+    trained_on = known[0] if len(known) == 1 else "none" if asked == "auto" else asked
+    return trained_on, trained_on if asked == "auto" else asked
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    return {
+        "format": job.config.format,
+        "precision": job.config.precision,
+        "base_model": job.base_name,
+        "base_digest": job.base_digest,
+        "base": "original" if job.target == "none" else job.target,
+        "trained_on": "original" if job.trained_on == "none" else job.trained_on,
+        "parents": job.deltas.parents,
+        "modules": len(job.deltas.modules),
+        "rank": max(job.deltas.rank(name) for name in job.deltas.modules),
+        "engine": version("luthier"),
+    }
+
+
+def _peft(job: Job, folder: Path) -> dict[str, Any]:
+    return _adapter(job, folder, lambda dtype: peft.write_native(job.deltas, folder, job.base_name, dtype))
+
+
+def _peft_portable(job: Job, folder: Path) -> dict[str, Any]:
+    modules = job.base.modules
+    return _adapter(job, folder, lambda dtype: peft.write_portable(job.deltas, modules, folder, job.base_name, dtype))
+
+
+def _adapter(job: Job, folder: Path, write: Callable[[str], None]) -> dict[str, Any]:
+    """An adapter in PEFT's layout, read back and run on the weights that it was trained on."""
+    dtype = str(job.config.precision)
+    write(dtype)
+    companions.copy_tokenizer(job.base, folder)
+    companions.check_companions(job.base, folder)
+    reference = job.reference()
+    model = job.base.evaluated(quantization=job.trained_on, deltas=Deltas([WeightedAdapter(path=str(folder))]))
+    return {"parity": _parity(job, reference, model, dtype, "export it with dtype fp32")}
+
+
+def _merged(job: Job, folder: Path) -> dict[str, Any]:
+    pieces = bases.pieces(job.base, job.deltas, job.config.dtype, job.target)
+    _check_room(folder, sum(map(merged.written_bytes, pieces)))
+    untied = job.base.tied_head in job.deltas.shapes
+    companions.copy_tokenizer(job.base, folder)
+    companions.write_configs(job.base, folder, dtype=job.config.dtype, untied=untied)
+    rounding = merged.write(pieces, job.deltas, folder, job.config.shard_bytes, job.tell)
+    written = bases.open_base(folder)
+    companions.check_companions(job.base, folder)
+    precision = _coarsest(pieces)
+    advice = "export it as fp32, or serve the adapter unmerged (peft-portable)"
+    if job.target != job.trained_on:
+        advice = f"the adapter was trained on {job.trained_on} weights: export it with base {job.trained_on}"
+    total = rounding.total()
+    return {
+        "parity": _parity(job, job.reference(), written.evaluated(), precision, advice),
+        "precision": precision,
+        "head_untied": untied,
+        "rounding": {"total": total, "modules": rounding.relative()},
+        "advice": None if total < _BAD_ROUNDING else "rounding loses much of the delta: " + advice,
+    }
+
+
+def _coarsest(pieces: list[merged.Piece]) -> str:
+    names = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+    found = {names[piece.dtype] for piece in pieces if piece.dtype in names}
+    return next(name for name in ("bf16", "fp16", "fp32") if name in found)
+
+
+def _parity(job: Job, reference: Tensor, model: Any, precision: str, advice: str) -> dict[str, Any]:
+    measured: Parity = parity.compare(reference, parity.log_probabilities(model, job.prompts), job.prompts)
+    limit = gap_limit(job.config, precision)
+    parity.check(measured, limit, advice)
+    return {**asdict(measured), "limit": limit}
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk has no room for what is about to be written."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        raise OSError(errno.ENOSPC, f"the export takes {needed} bytes, and {free} are free", str(folder))
+
+
+_FORMATS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
+    "peft": _peft,
+    "peft-portable": _peft_portable,
+    "merged": _merged,
+}

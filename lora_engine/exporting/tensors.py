@@ -1,0 +1,59 @@
+"""The tensors of a model on disk, by their names in its architecture, in parts small enough for any memory."""
+
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lora_engine.safetensors_file import Entry, read_array, read_header
+from lora_engine.weights import Weights
+
+_CPU = torch.device("cpu")
+
+
+class Tensors(Protocol):
+    """Everything in fp32 on the CPU."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether `rows` can read the tensor of this name."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A slice of the tensor's first axis."""
+        raise NotImplementedError
+
+    def rest(self, streamed: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of all but `streamed`, of the shapes that the architecture has."""
+        raise NotImplementedError
+
+
+class FolderTensors:
+    """Of a Hugging Face folder; `model` (fp32, on the meta device) says the names.
+
+    Attributes:
+        stored: stored name → file and where it lies in it, of all tensors of the files.
+        names: name in the model → stored name, of the tensors stored as the model has them.
+    """
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        """Reads the headers.
+
+        Raises:
+            BaseModelError: as `Weights`.
+        """
+        self._weights = Weights(folder, model)
+        self.stored: dict[str, tuple[Path, Entry]] = {
+            name: (path, entry) for path in self._weights.files for name, entry in read_header(path).items()
+        }
+        self.names = {name: stored for name, (_, stored) in self._weights.places().items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        path, entry = self.stored[self.names[name]]
+        return torch.from_numpy(read_array(path, entry, slice(start, stop)))
+
+    def rest(self, streamed: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        return self._weights.tensors(_CPU, skip=streamed)
