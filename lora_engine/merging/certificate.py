@@ -105,7 +105,8 @@ def exact_norms(B: Wide | Array, A: Wide | Array) -> Norms:
     """As `norms`, from the singular values by QR in fp64: sound also where B·A almost cancels."""
     left = _triangle(np.asarray(B, np.float64))
     right = _triangle(np.asarray(A, np.float64).T)
-    return of_singular_values(np.linalg.svd(left @ right.T, compute_uv=False))
+    values: Wide = np.linalg.svd(left @ right.T, compute_uv=False).astype(np.float64)
+    return of_singular_values(values)
 
 
 def of_singular_values(values: Wide) -> Norms:
@@ -113,7 +114,8 @@ def of_singular_values(values: Wide) -> Norms:
 
 
 def _triangle(matrix: Wide) -> Wide:
-    triangle: Wide = np.linalg.qr(matrix, mode="r")
+    qr: Any = np.linalg.qr  # the stubs forget what mode="r" returns
+    triangle: Wide = qr(matrix, mode="r")
     return triangle
 
 

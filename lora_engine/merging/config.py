@@ -148,7 +148,8 @@ class MergeConfig:
     @property
     def compresses(self) -> bool:
         """Whether the result is cut to fewer ranks than it needs to be exact."""
-        return self.method == "linear" or any(item is not None for item in (self.rank, self.energy, self.max_bytes))
+        asked = any(item is not None for item in (self.rank, self.energy, self.max_bytes, self.fit))
+        return self.method == "linear" or (asked and "rank" in OPTIONS[self.method])
 
     def _check_together(self) -> None:
         sizes = [name for name in ("rank", "energy", "max_bytes") if getattr(self, name) is not None]

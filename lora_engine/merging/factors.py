@@ -18,15 +18,15 @@ from lora_engine.safetensors_file import Entry, read_array, read_header
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """B (outputs × R) and A (R × inputs) as the sources have them, fp32; scale (R) in fp64.
+    """A delta B · diag(scale) · A: B (outputs × R) and A (R × inputs), fp32 as files have them or fp64 as computed.
 
-    `blocks` says which columns of B and rows of A are those of each part, in the order of the plan.
+    `blocks` says which columns of B and rows of A are those of each source, in the order of the plan.
     """
 
-    B: Array
-    A: Array
+    B: Wide | Array
+    A: Wide | Array
     scale: Wide
-    blocks: tuple[slice, ...]
+    blocks: tuple[slice, ...] = ()
 
 
 def load(module: str, plan: ModulePlan, *, weighted: bool = True) -> Factors:

@@ -1,19 +1,32 @@
 """Several adapters into one, by any method, with a certificate of its error.
 
 Everything is checked from configs and headers before a tensor is read. The bytes depend on the sources, their weights
-and the options alone, not on the order of the sources.
+and the options alone, not on the order of the sources. A method says of every module what its exact result is, as
+factors; what follows, compression, rounding, measuring and writing, is the same for all.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import hypot
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from lora_engine.merging import result, sources
+import numpy as np
+
+from lora_engine.errors import SpecError
+from lora_engine.merging import certificate, low_rank, result, sources
+from lora_engine.merging.arrays import Array
+from lora_engine.merging.certificate import ModuleCertificate, Norms
 from lora_engine.merging.config import MergeSpec
-from lora_engine.merging.stack import stack
+from lora_engine.merging.factors import Factors, load
+from lora_engine.merging.result import ModuleResult, rounded
+from lora_engine.merging.sources import Plan
+from lora_engine.merging.stack import of_factors, rounding_error
 
 Tell: TypeAlias = Callable[[int, int], None]
+# The exact result of a module, by its name.
+Exact: TypeAlias = Callable[[str], Factors]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -37,9 +50,89 @@ def merge(
         AdapterError: an adapter cannot be read, or they do not fit together.
     """
     plan = sources.plan(spec, sources.read(spec))
-    results = stack(plan, tell or _silent)
-    return result.publish(plan, results, Path(spec.output), lineage=lineage, files=files)
+    return merged(plan, Path(spec.output), tell, lineage=lineage, files=files)
 
 
-def _silent(_done: int, _total: int) -> None:
-    """For whoever wants no progress."""
+def merged(
+    plan: Plan,
+    output: Path,
+    tell: Tell | None = None,
+    *,
+    lineage: Mapping[str, Any] = _NOTHING,
+    files: Mapping[str, str] = _NOTHING,
+) -> dict[str, Any]:
+    """As `merge`, of a merge that was planned already."""
+    exact = _exact(plan)
+    passes = 2 if plan.config.max_bytes is not None else 1
+    progress = _Progress(tell, passes * len(plan.modules))
+    ranks = _ranks(plan, exact, progress) if passes == 2 else {}
+    results = {}
+    for module in plan.modules:
+        results[module] = _written(plan, module, exact(module), ranks.get(module))
+        progress.advance()
+    return result.publish(plan, results, output, lineage=lineage, files=files)
+
+
+class _Progress:
+    def __init__(self, tell: Tell | None, total: int) -> None:
+        self._tell, self._total, self._done = tell, total, 0
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._tell:
+            self._tell(self._done, self._total)
+
+
+def _exact(plan: Plan) -> Exact:
+    return lambda module: load(module, plan.modules[module])
+
+
+def _ranks(plan: Plan, exact: Exact, progress: _Progress) -> dict[str, int]:
+    """Of every module, from the singular values of all."""
+    values = {}
+    for module in plan.modules:
+        factors = exact(module)
+        values[module] = low_rank.decompose(factors.B, factors.A, factors.scale).values
+        progress.advance()
+    ranks = low_rank.ranks_within(plan, values)
+    if not any(ranks.values()):
+        raise SpecError("max_bytes: not one rank of one module fits into so few bytes", field="max_bytes")
+    return ranks
+
+
+def _against_sum(plan: Plan, module: str, written: ModuleResult) -> ModuleResult:
+    """With the distance to the exact weighted sum, where that is not what the method computes."""
+    if plan.config.method in ("stack", "linear"):
+        return written
+    weighted_sum = load(module, plan.modules[module])
+    certified = replace(
+        written.certificate,
+        weighted_sum=certificate.norms(weighted_sum.B * weighted_sum.scale, weighted_sum.A),
+        sum_error=_distance(written.B, written.A, weighted_sum),
+    )
+    return replace(written, certificate=certified)
+
+
+def _distance(B: Array, A: Array, exact: Factors) -> Norms:
+    """Of B·A to another delta. Good to 1e-8 of either."""
+    return certificate.norms(np.concatenate([B, -exact.B * exact.scale], axis=1), np.concatenate([A, exact.A]))
+
+
+def _written(plan: Plan, module: str, exact: Factors, rank: int | None) -> ModuleResult:
+    config, item = plan.config, plan.modules[module]
+    dtype = config.options["dtype"]
+    if not item.parts or not config.compresses:
+        return _against_sum(plan, module, of_factors(exact, dtype, module))
+    found = low_rank.decompose(exact.B, exact.A, exact.scale)
+    if rank is None:
+        rank = low_rank.rank_of(config, found.values, max(part.rank for part in item.parts))
+    wide_B, wide_A = found.factors(rank)
+    B, A = rounded(wide_B, dtype, module), rounded(wide_A, dtype, module)
+    rounding = rounding_error(wide_B, wide_A, B, A)
+    left_out = found.beyond(rank)
+    error = Norms(hypot(left_out.frobenius, rounding.frobenius), max(left_out.spectral, rounding.spectral))
+    if dtype != "fp32":  # rounding is no longer small against what was left out
+        error = _distance(B, A, exact)
+    norm = certificate.of_singular_values(found.values)
+    certified = ModuleCertificate(norm, error, norm, error, rounding.frobenius, item.rank, rank)
+    return _against_sum(plan, module, ModuleResult(A, B, certified))

@@ -189,6 +189,11 @@ def _check_weights(config: MergeConfig, sources: Sequence[Source], weights: Sequ
                     "depend on theirs",
                     field=field_name,
                 )
+    if config.method in GEOMETRIC and config.scope == "adapter" and any(source.weights for source in sources):
+        raise SpecError(
+            f"scope: {config.method} over the whole adapter has one weight for it; leave weights by module out",
+            field="scope",
+        )
     if config.method == "karcher" and any(weight < 0 for item in weights for weight in item.values()):
         raise SpecError("adapters: karcher is a mean and takes no negative weight; use linear", field="adapters")
 
@@ -208,6 +213,8 @@ def _modules(
         shape = headers[digests[0]].modules[module]
         parts = (_part(headers[digest], digest, module, total(found[module][digest])) for digest in digests)
         plans[module] = ModulePlan(shape.inputs, shape.outputs, tuple(part for part in parts if part.weight))
+    if ordered:  # what the first adapter does not have cannot be projected
+        plans = {name: item for name, item in plans.items() if item.parts and item.parts[0].digest == order[0]}
     # Of a kind of module that has weight 0 everywhere nothing is left.
     kinds = {name.rpartition(".")[2] for name, item in plans.items() if item.parts}
     return {name: item for name, item in plans.items() if name.rpartition(".")[2] in kinds}
@@ -221,7 +228,7 @@ def _check_left(config: MergeConfig, sources: Sequence[Source], modules: Mapping
     if config.method == "project_out" and sources[0].digest not in digests:
         raise SpecError("adapters[0].weight: nothing is left of the adapter to project", field="adapters[0].weight")
     for module, item in modules.items() if config.method == "slerp" else ():
-        if not total(part.weight for part in item.parts) and item.parts:
+        if item.parts and not total(part.weight for part in item.parts):
             raise SpecError(
                 f"adapters: the weights of slerp say how far to go from one adapter to the other; at {module} they "
                 "add up to 0",
@@ -242,11 +249,11 @@ def _check_ranks(config: MergeConfig, modules: Mapping[str, ModulePlan]) -> None
             "some of the adapters first",
             field="adapters",
         )
-    exact = config.method in ("stack", *GEOMETRIC)
-    if config.fit and exact and largest.rank > VLLM_RANKS[-1]:
+    needed = largest.rank if config.method != "peft_linear" else max(part.rank for part in largest.parts)
+    if config.fit and not config.compresses and needed > VLLM_RANKS[-1]:
         raise SpecError(
-            f"fit: the ranks add up to {largest.rank} at {name}, and vLLM takes at most {VLLM_RANKS[-1]}; use the "
-            f"method linear with a rank",
+            f"fit: the result has rank {needed} at {name}, and vLLM takes at most {VLLM_RANKS[-1]}; use the method "
+            "linear with a rank",
             field="fit",
         )
     if config.method == "peft_linear":

@@ -159,7 +159,7 @@ def test_every_refusal_comes_before_a_tensor_is_read(tmp_path: Path) -> None:
     first, second = written(tmp_path / "1"), written(tmp_path / "2", weights=WIDER)
     tensors = {name: torch.full_like(value, torch.nan) for name, value in load_file(first / FILE).items()}
     save_file(tensors, first / FILE)
-    with pytest.raises(AdapterError, match="2: model.x_proj is 6 × 9, but 6 × 8 in 1"):
+    with pytest.raises(AdapterError, match=r"2: model\.x_proj is 6 × 9, but 6 × 8 in 1"):
         merge(spec(tmp_path / "out", (first, 1.0), (second, 1.0)))
 
 

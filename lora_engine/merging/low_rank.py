@@ -1,0 +1,118 @@
+"""The singular values of a delta and its best approximation of fewer ranks, from its factors. No torch.
+
+Eckart and Young (1936), Mirsky (1960): cutting the singular value decomposition after rank r is optimal in every
+unitarily invariant norm, and leaves ‖D - D_r‖_F = √Σ_{j>r} S_j² and ‖D - D_r‖₂ = S_{r+1}. The dense delta is never
+formed: with D = B·A (out × R, R × in), R × R matrices say everything, and B and A are read twice.
+
+Products alone are quick, so orthogonal bases come from Cholesky's decomposition of BᵀB and A·Aᵀ in fp64, with columns
+scaled to one length first. That squares the condition, so where it is bad the bases come from Householder's QR.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_engine.adapter_header import FACTORS, PREFIX
+from lora_engine.merging.arrays import Array, Wide
+from lora_engine.merging.certificate import Norms, gram, of_singular_values
+from lora_engine.merging.config import VLLM_RANKS, MergeConfig
+from lora_engine.merging.sources import Plan
+
+# Beyond it Cholesky's bases are orthogonal to fewer than 8 digits: the loss is its square times fp64's 1e-16.
+_WORST_CONDITION = 1e4
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_HEADER_BYTES = 120  # of one tensor in a safetensors header, beside its name
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """D = Σ_j S_j · u_j·v_jᵀ, with the singular vectors still as products.
+
+    Attributes:
+        values: S, descending.
+        left, to_left: left (out × R) · to_left (R × p) = U·√S.
+        to_right, right: to_right (p × R) · right (R × in) = √S·Vᵀ.
+    """
+
+    values: Wide
+    left: Wide
+    to_left: Wide
+    to_right: Wide
+    right: Wide
+
+    def factors(self, rank: int) -> tuple[Wide, Wide]:
+        """B (out × rank) and A (rank × in) of the best approximation, with √S on both sides."""
+        return self.left @ self.to_left[:, :rank], self.to_right[:rank] @ self.right
+
+    def beyond(self, rank: int) -> Norms:
+        """What the best approximation of this rank leaves out."""
+        return of_singular_values(self.values[rank:])
+
+
+def decompose(B: Wide | Array, A: Wide | Array, scale: Wide) -> Decomposition:
+    """Of B · diag(scale) · A, with B (out × R) and A (R × in)."""
+    used = B.any(axis=0) & A.any(axis=1) & (scale != 0)  # without the zeros that ranks are padded with
+    left, right, scale = B[:, used].astype(np.float64), A[used].astype(np.float64), scale[used]
+    products, row_products = gram(left.T), gram(right)
+    lengths, row_lengths = np.sqrt(np.diagonal(products)), np.sqrt(np.diagonal(row_products))
+    column, row = _triangle(products, lengths), _triangle(row_products, row_lengths)
+    if column is None or row is None:
+        return _householder(left * scale, right)
+    U, values, Vt = np.linalg.svd(column.T @ ((lengths * row_lengths * scale)[:, None] * row))
+    root = np.sqrt(values)
+    to_left = np.linalg.solve(column.T, U * root) / lengths[:, None]
+    to_right = np.linalg.solve(row.T, (root[:, None] * Vt).T).T / row_lengths
+    return Decomposition(values, left, to_left, to_right, right)
+
+
+def _triangle(products: Wide, lengths: Wide) -> Wide | None:
+    """Lower triangle L with L·Lᵀ = products of the rows scaled to length 1; none where it would be inaccurate."""
+    try:
+        triangle = np.linalg.cholesky(products / np.outer(lengths, lengths)).astype(np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    condition = np.linalg.norm(triangle) * np.linalg.norm(np.linalg.inv(triangle))
+    return triangle if condition <= _WORST_CONDITION else None
+
+
+def _householder(B: Wide, A: Wide) -> Decomposition:
+    columns, left = np.linalg.qr(B)
+    rows, right = np.linalg.qr(A.T)
+    U, values, Vt = np.linalg.svd(left @ right.T, full_matrices=False)
+    root = np.sqrt(values)
+    return Decomposition(values, columns, U * root, root[:, None] * Vt, rows.T)
+
+
+def rank_of(config: MergeConfig, values: Wide, largest_source: int) -> int:
+    """To how many ranks a module is cut, where that depends on its own singular values alone."""
+    if config.energy is not None:
+        left_over = np.cumsum(values[::-1] ** 2)[::-1]
+        return int((left_over > (1 - config.energy) * left_over[0] * (1 + 1e-12)).sum()) if values.size else 0
+    rank = config.rank
+    if rank is None and config.method == "linear":
+        rank = largest_source
+    limit = VLLM_RANKS[-1] if config.fit else values.size
+    return min(values.size, limit, values.size if rank is None else rank)
+
+
+def ranks_within(plan: Plan, values: Mapping[str, Wide]) -> dict[str, int]:
+    """Ranks of all modules for a file of at most `max_bytes`: each goes where it keeps most of ‖D‖² per byte.
+
+    Optimal up to the last rank that fits (the fractional knapsack's greedy order), and needs no training.
+    """
+    left = plan.config.max_bytes or 0
+    size = _BYTES[plan.config.options["dtype"]]
+    costs = {name: size * (item.inputs + item.outputs) for name, item in plan.modules.items()}
+    names = sum(len(PREFIX) + len(factor) for factor in FACTORS)
+    first = {name: 2 * (len(name) + _HEADER_BYTES) + names for name in plan.modules}
+    offers = sorted(
+        (-(value**2) / costs[name], name, index) for name in values for index, value in enumerate(values[name]) if value
+    )
+    ranks = dict.fromkeys(plan.modules, 0)
+    for _, name, index in offers:
+        cost = costs[name] + (first[name] if index == 0 else 0)
+        if ranks[name] == index and cost <= left:
+            ranks[name] += 1
+            left -= cost
+    return ranks
