@@ -10,8 +10,8 @@ from lora_engine import base_files, base_model
 from lora_engine.base_model import linear_modules
 from lora_engine.errors import AdapterError, SpecError
 from lora_engine.exporting.deltas import Deltas
-from lora_engine.exporting.merged import Piece
 from lora_engine.exporting.streamed import streamed
+from lora_engine.exporting.sums import Piece
 from lora_engine.exporting.tensors import FolderTensors
 from lora_engine.safetensors_file import FLOATS, Entry
 from lora_engine.target_modules import Module

@@ -24,10 +24,9 @@ from lora_engine.exporting.base import Base
 from lora_engine.exporting.config import ExportConfig, ExportSpec, gap_limit
 from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.parity import Parity, Text
+from lora_engine.exporting.sums import Piece, Tell
 from lora_engine.folders import published
 from lora_engine.merging.config import WeightedAdapter
-
-Tell = Callable[[int, int], None]
 
 CERTIFICATE = "certificate.json"
 _SPARE_BYTES = 64 << 20  # for tokenizer, configs and what the disk itself needs
@@ -164,7 +163,7 @@ def _merged(job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
-def _coarsest(pieces: list[merged.Piece]) -> str:
+def _coarsest(pieces: list[Piece]) -> str:
     names = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
     found = {names[piece.dtype] for piece in pieces if piece.dtype in names}
     return next(name for name in ("bf16", "fp16", "fp32") if name in found)

@@ -1,0 +1,195 @@
+"""Weights of a base model plus the deltas of adapters, block by block of rows, in fp32 and rounded once.
+
+    written = encode(W + Σ weight_i · scaling_i · B_i·A_i)
+
+The sum is one product over the factors in the order of the adapters' digests, so that the order in which they were
+named changes no bit. What the rounding costs is measured on the way, against the norm of the delta.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapter import LoraWeights
+from lora_engine.errors import AdapterError
+from lora_engine.exporting.deltas import Deltas, norm
+from lora_engine.exporting.pipeline import Files
+from lora_engine.exporting.streamed import dequantized
+from lora_engine.safetensors_file import Entry
+
+Tell = Callable[[int, int], None]
+
+BLOCK_BYTES = 8 << 20
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of the result.
+
+    Attributes:
+        name: as it is written.
+        source, entry: where the base model has it.
+        dtype: of the result, as its format spells it.
+        module: whose delta is added; `transposed` where the weight lies in × out.
+        quantization: the weight is quantised and dequantised first: "none", "nf4" or "int8".
+        heads: where set, the rows belong to so many attention heads, and the encoder reorders those of each.
+    """
+
+    name: str
+    source: Path
+    entry: Entry
+    dtype: str
+    module: str | None = None
+    transposed: bool = False
+    quantization: str = "none"
+    heads: int = 0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the stored bytes are what is written."""
+        return self.module is None and self.quantization == "none" and self.dtype == self.entry.dtype and not self.heads
+
+    @property
+    def count(self) -> int:
+        """Of rows; one, where the tensor has no axis."""
+        return self.entry.shape[0] if self.entry.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """As the base model has them."""
+        return (self.entry.end - self.entry.start) // max(self.count, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows start … stop of a piece."""
+
+    piece: Piece
+    start: int
+    stop: int
+
+
+# (piece, fp32 rows) → (what is written, what a reader makes of it in fp32)
+Encode = Callable[[Piece, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class Rounding:
+    """Squared norms by module: of the delta, and of what rounding the sum has changed."""
+
+    deltas: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def relative(self) -> dict[str, float]:
+        """‖rounding‖ / ‖D‖ by module."""
+        return {name: sqrt(error / self.deltas[name]) for name, error in self.errors.items() if self.deltas[name]}
+
+    def total(self) -> float:
+        """‖rounding‖ / ‖D‖ over all modules."""
+        deltas = sum(self.deltas.values())
+        return sqrt(sum(self.errors.values()) / deltas) if deltas else 0.0
+
+
+def blocks(piece: Piece) -> Iterator[Block]:
+    """All of a piece, whole attention heads together."""
+    step = max(1, BLOCK_BYTES // max(piece.row_bytes, 1))
+    if piece.heads:
+        size = piece.count // piece.heads
+        step = max(1, step // size) * size
+    for start in range(0, max(piece.count, 1), step):
+        yield Block(piece, start, min(start + step, piece.count))
+
+
+def read(files: Files, block: Block) -> Tensor:
+    """The block's stored bytes; none where the whole tensor has to be known first."""
+    piece = block.piece
+    if piece.quantization != "none":
+        return torch.empty(0, dtype=torch.uint8)
+    begin = piece.entry.start
+    return files.read(piece.source, begin + block.start * piece.row_bytes, begin + block.stop * piece.row_bytes)
+
+
+class Sums:
+    """What is written for each block, and what its rounding costs."""
+
+    def __init__(self, deltas: Deltas, files: Files, encode: Encode) -> None:
+        self.rounding = Rounding()
+        self._deltas, self._files, self._encode = deltas, files, encode
+        self._piece: Piece | None = None
+        self._factors: LoraWeights | None = None
+        self._dequantized: Tensor | None = None
+
+    def compute(self, block: Block, data: Tensor) -> Tensor:
+        """What is written, from the stored bytes.
+
+        Raises:
+            AdapterError: a value that leaves the range of its type.
+        """
+        piece = block.piece
+        if piece.unchanged:
+            return data
+        self._turn_to(piece)
+        if self._dequantized is not None:
+            weight = self._dequantized[block.start : block.stop]
+        else:
+            weight = _matrix(data, piece, block.stop - block.start).float()
+        delta = self._delta(block)
+        written, decoded = self._encode(piece, weight if delta is None else weight + delta)
+        if not bool(torch.isfinite(decoded).all()):
+            raise AdapterError(f"{piece.name}: values beyond what {piece.dtype} holds; export it as fp32 or bf16")
+        if delta is not None and piece.module is not None:
+            self.rounding.errors[piece.module] += _squared_error(decoded, weight, delta)
+        return written
+
+    def _turn_to(self, piece: Piece) -> None:
+        if piece is self._piece:
+            return
+        self._piece, self._factors, self._dequantized = piece, None, None
+        if piece.module is not None:
+            self._factors = self._deltas.factors(piece.module)
+            self.rounding.deltas[piece.module] = norm(self._factors) ** 2
+            self.rounding.errors[piece.module] = 0.0
+        if piece.quantization != "none":
+            self._dequantized = dequantized(partial(self._whole, piece), piece.quantization)
+            if piece.transposed:
+                self._dequantized = self._dequantized.t().contiguous()
+
+    def _whole(self, piece: Piece) -> Tensor:
+        """The stored weight, out × in."""
+        weight = _matrix(self._files.read(piece.source, piece.entry.start, piece.entry.end), piece, piece.count)
+        return weight.t().contiguous() if piece.transposed else weight
+
+    def _delta(self, block: Block) -> Tensor | None:
+        if self._factors is None:
+            return None
+        A, B = self._factors.A, self._factors.B
+        left, right = (A.t(), B.t()) if block.piece.transposed else (B, A)
+        return left[block.start : block.stop] @ right
+
+
+def told(found: Iterator[Block], size: Callable[[Piece], int], total: int, tell: Tell) -> Iterator[Block]:
+    """The blocks, telling in the caller's thread how many of all bytes are under way or written."""
+    done = 0
+    for block in found:
+        yield block
+        done += size(block.piece) * (block.stop - block.start) // max(block.piece.count, 1)
+        tell(min(done, total), total)
+
+
+def _matrix(data: Tensor, piece: Piece, rows: int) -> Tensor:
+    return data.view(DTYPES[piece.entry.dtype]).view(rows, -1)
+
+
+def _squared_error(decoded: Tensor, weight: Tensor, delta: Tensor) -> float:
+    """‖decoded - (weight + delta)‖², without an error of its own: what fp32 loses in the sum is found again (Knuth)."""
+    total = weight + delta
+    taken = total - weight
+    lost = (weight - (total - taken)) + (delta - taken)
+    error = (decoded - total) - lost
+    return float((error * error).sum(dtype=torch.float64))
