@@ -7,6 +7,8 @@ For every module, with D the method's exact result and D' what the file holds:
     rounding                       the part of `frobenius` that comes from writing 32 or 16 bit
     norm, ranks_before, rank       ‖D‖ in the Frobenius norm, the sources' ranks added up, and the result's rank
 
+    dense_frobenius, dense_spectral   of nonlinear methods: the distance to what they give on the dense deltas
+
 Totals are over all modules: the root of the summed squares, and the largest singular value of any.
 """
 
@@ -42,6 +44,7 @@ class ModuleCertificate:
         error: of its distance to what is written.
         weighted_sum, sum_error: the same for the exact weighted sum.
         rounding: Frobenius norm of what rounding to the file's type changed.
+        dense: of a nonlinear method's result on the dense deltas, and of its distance to what is written.
     """
 
     exact: Norms
@@ -51,10 +54,12 @@ class ModuleCertificate:
     rounding: float
     ranks_before: int
     rank: int
+    dense: tuple[Norms, Norms] | None = None
 
     def to_mapping(self) -> dict[str, Any]:
         return {
             **_relative(self.exact, self.error, self.weighted_sum, self.sum_error, self.rounding),
+            **(_dense(*self.dense) if self.dense else {}),
             "norm": self.exact.frobenius,
             "ranks_before": self.ranks_before,
             "rank": self.rank,
@@ -68,8 +73,10 @@ def totals(modules: Mapping[str, ModuleCertificate]) -> dict[str, Any]:
     weighted_sum = _together([item.weighted_sum for item in items])
     sum_error = _together([item.sum_error for item in items])
     rounding = sqrt(fsum(item.rounding**2 for item in items))
+    dense = [item.dense for item in items if item.dense]
     return {
         **_relative(exact, error, weighted_sum, sum_error, rounding),
+        **(_dense(*(_together(list(side)) for side in zip(*dense, strict=True))) if dense else {}),
         "norm": exact.frobenius,
         "ranks_before": max(item.ranks_before for item in items),
         "rank": max(item.rank for item in items),
@@ -130,6 +137,13 @@ def _relative(exact: Norms, error: Norms, weighted_sum: Norms, sum_error: Norms,
         "sum_frobenius": _ratio(sum_error.frobenius, weighted_sum.frobenius),
         "sum_spectral": _ratio(sum_error.spectral, weighted_sum.spectral),
         "rounding": _ratio(rounding, exact.frobenius),
+    }
+
+
+def _dense(exact: Norms, error: Norms) -> dict[str, Any]:
+    return {
+        "dense_frobenius": _ratio(error.frobenius, exact.frobenius),
+        "dense_spectral": _ratio(error.spectral, exact.spectral),
     }
 
 

@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lora_engine.errors import SpecError
-from lora_engine.merging import certificate, low_rank, result, sources
+from lora_engine.merging import certificate, geometry, low_rank, projection, result, sources
 from lora_engine.merging.arrays import Array
 from lora_engine.merging.certificate import ModuleCertificate, Norms
-from lora_engine.merging.config import MergeSpec
+from lora_engine.merging.config import GEOMETRIC, NONLINEAR, MergeSpec
 from lora_engine.merging.factors import Factors, load
 from lora_engine.merging.result import ModuleResult, rounded
 from lora_engine.merging.sources import Plan
@@ -66,9 +66,10 @@ def merged(
     passes = 2 if plan.config.max_bytes is not None else 1
     progress = _Progress(tell, passes * len(plan.modules))
     ranks = _ranks(plan, exact, progress) if passes == 2 else {}
+    measure = _dense_measure(plan)
     results = {}
     for module in plan.modules:
-        results[module] = _written(plan, module, exact(module), ranks.get(module))
+        results[module] = measure(module, _written(plan, module, exact(module), ranks.get(module)))
         progress.advance()
     return result.publish(plan, results, output, lineage=lineage, files=files)
 
@@ -84,7 +85,35 @@ class _Progress:
 
 
 def _exact(plan: Plan) -> Exact:
+    method = plan.config.method
+    if method in NONLINEAR:
+        from lora_engine.merging import shared_basis  # torch
+
+        return shared_basis.exact(plan)
+    if method in GEOMETRIC:
+        return geometry.exact(plan)
+    if method == "project_out":
+        return projection.projected_out(plan)
+    if method == "peft_linear":
+        return projection.peft_linear(plan)
     return lambda module: load(module, plan.modules[module])
+
+
+def _dense_measure(plan: Plan) -> Callable[[str, ModuleResult], ModuleResult]:
+    """Adds the distance to a nonlinear method's result on the dense deltas to a module's certificate."""
+    if plan.config.method not in NONLINEAR:
+        return lambda _, written: written
+    from lora_engine.merging import shared_basis  # torch
+
+    whole = shared_basis.dense_cutoffs(plan)
+
+    def measure(module: str, written: ModuleResult) -> ModuleResult:
+        if not plan.modules[module].parts:
+            return written
+        dense = shared_basis.dense_error(plan, module, written.B, written.A, whole)
+        return replace(written, certificate=replace(written.certificate, dense=dense))
+
+    return measure
 
 
 def _ranks(plan: Plan, exact: Exact, progress: _Progress) -> dict[str, int]:
