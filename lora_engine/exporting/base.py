@@ -12,7 +12,7 @@ from lora_engine.errors import AdapterError, SpecError
 from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.streamed import streamed
 from lora_engine.exporting.sums import Piece
-from lora_engine.exporting.tensors import FolderTensors
+from lora_engine.exporting.tensors import FolderTensors, Tensors
 from lora_engine.safetensors_file import FLOATS, Entry
 from lora_engine.target_modules import Module
 from lora_engine.weights import read_json, some
@@ -36,9 +36,9 @@ class Base:
     tokenizer: Any
     modules: tuple[Module, ...]
 
-    def evaluated(self, **options: Any) -> Any:
-        """The model computing from disk; options as of `streamed.streamed`."""
-        return streamed(_outline(self.folder), self.tensors, **options)
+    def evaluated(self, tensors: Tensors | None = None, **options: Any) -> Any:
+        """The model computing from disk, from its own tensors or others; options as of `streamed.streamed`."""
+        return streamed(_outline(self.folder), self.tensors if tensors is None else tensors, **options)
 
     @property
     def tied_head(self) -> str | None:

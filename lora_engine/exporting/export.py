@@ -19,12 +19,12 @@ from torch import Tensor
 
 from lora_engine.errors import AdapterError
 from lora_engine.exporting import base as bases
-from lora_engine.exporting import companions, merged, parity, peft
+from lora_engine.exporting import companions, gguf_adapter, gguf_layout, gguf_model, merged, parity, peft
 from lora_engine.exporting.base import Base
 from lora_engine.exporting.config import ExportConfig, ExportSpec, gap_limit
 from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.parity import Parity, Text
-from lora_engine.exporting.sums import Piece, Tell
+from lora_engine.exporting.sums import Piece, Rounding, Tell
 from lora_engine.folders import published
 from lora_engine.merging.config import WeightedAdapter
 
@@ -111,8 +111,8 @@ def _facts(job: Job) -> dict[str, Any]:
         "precision": job.config.precision,
         "base_model": job.base_name,
         "base_digest": job.base_digest,
-        "base": "original" if job.target == "none" else job.target,
-        "trained_on": "original" if job.trained_on == "none" else job.trained_on,
+        "base": _named(job.target),
+        "trained_on": _named(job.trained_on),
         "parents": job.deltas.parents,
         "modules": len(job.deltas.modules),
         "rank": max(job.deltas.rank(name) for name in job.deltas.modules),
@@ -150,16 +150,60 @@ def _merged(job: Job, folder: Path) -> dict[str, Any]:
     written = bases.open_base(folder)
     companions.check_companions(job.base, folder)
     precision = _coarsest(pieces)
-    advice = "export it as fp32, or serve the adapter unmerged (peft-portable)"
-    if job.target != job.trained_on:
-        advice = f"the adapter was trained on {job.trained_on} weights: export it with base {job.trained_on}"
-    total = rounding.total()
     return {
-        "parity": _parity(job, job.reference(), written.evaluated(), precision, advice),
+        "parity": _parity(job, job.reference(), written.evaluated(), precision, _advice(job, "fp32")),
         "precision": precision,
         "head_untied": untied,
+        **_rounding(rounding),
+    }
+
+
+def _advice(job: Job, finer: str) -> str:
+    if job.target != job.trained_on:
+        return (
+            f"the adapters were trained on {_named(job.trained_on)} weights and these are {_named(job.target)}; export "
+            f"with base {_named(job.trained_on)}, or allow for the difference by max_gap"
+        )
+    return f"export it as {finer}, or serve the adapter unmerged"
+
+
+def _rounding(rounding: Rounding) -> dict[str, Any]:
+    total = rounding.total()
+    advice = "rounding loses much of the delta: export it in a finer type, or serve the adapter unmerged"
+    return {
         "rounding": {"total": total, "modules": rounding.relative()},
-        "advice": None if total < _BAD_ROUNDING else "rounding loses much of the delta: " + advice,
+        "advice": advice if total > _BAD_ROUNDING else None,
+    }
+
+
+def _named(quantization: str) -> str:
+    return "original" if quantization == "none" else quantization
+
+
+def _gguf(job: Job, folder: Path) -> dict[str, Any]:
+    layout = gguf_layout.layout(job.base.model.config)
+    precision, path = str(job.config.precision), folder / "adapter.gguf"
+    gguf_adapter.write(job.deltas, layout, path, base_name=job.base_name, precision=precision)
+    read = gguf_adapter.GGUFDeltas(path, layout, [module.name for module in job.base.modules])
+    model = job.base.evaluated(quantization=job.trained_on, deltas=read)
+    return {"parity": _parity(job, job.reference(), model, precision, "export it as F32")}
+
+
+def _gguf_merged(job: Job, folder: Path) -> dict[str, Any]:
+    layout = gguf_layout.layout(job.base.model.config)
+    gguf_model.check(job.base)
+    precision, path = str(job.config.precision), folder / "model.gguf"
+    plain = bases.pieces(job.base, job.deltas, None, job.target)
+    pieces = gguf_model.pieces(plain, job.base, layout, precision)
+    _check_room(folder, sum(map(gguf_model.written_bytes, pieces)))
+    rounding = gguf_model.write(
+        pieces, job.base, job.deltas, path,
+        architecture=layout.architecture, name=job.base_name, precision=precision, tell=job.tell,
+    )  # fmt: skip
+    model = job.base.evaluated(gguf_model.GGUFTensors(path, layout, job.base.model))
+    return {
+        "parity": _parity(job, job.reference(), model, precision, _advice(job, "F16 or F32")),
+        **_rounding(rounding),
     }
 
 
@@ -187,4 +231,6 @@ _FORMATS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
     "peft": _peft,
     "peft-portable": _peft_portable,
     "merged": _merged,
+    "gguf": _gguf,
+    "gguf-merged": _gguf_merged,
 }

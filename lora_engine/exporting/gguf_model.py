@@ -1,0 +1,227 @@
+"""A base model with the deltas of adapters in its weights, as one GGUF file for llama.cpp, streamed as `merged` is.
+
+Matrices are F32, F16 or Q8_0 (blocks of 32 weights with one scale), vectors F32. The order of rows follows
+`gguf_layout`; the metadata that of llama.cpp's `convert_hf_to_gguf.py`.
+"""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_engine.errors import AdapterError
+from lora_engine.exporting import gguf_vocabulary, sums
+from lora_engine.exporting.base import Base
+from lora_engine.exporting.deltas import Deltas
+from lora_engine.exporting.gguf_layout import GGUFLayout, reorder, restore, stored_rows
+from lora_engine.exporting.pipeline import Files, pipelined, write_all
+from lora_engine.exporting.sums import Block, Piece, Rounding, Sums, Tell
+
+_FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+_MERGED = ("llama", "mistral", "smollm3", "qwen2", "qwen3")
+
+
+def check(base: Base) -> None:
+    """Raises AdapterError for a model that llama.cpp would not compute alike."""
+    config = base.model.config
+    if config.model_type not in _MERGED:
+        raise AdapterError(
+            f"format: whole models of the kind {config.model_type} are not written as GGUF, only {', '.join(_MERGED)}; "
+            "export it merged, and convert the folder with llama.cpp's own script"
+        )
+    windows = [kind for kind in (getattr(config, "layer_types", None) or []) if kind != "full_attention"]
+    if windows or (config.model_type == "mistral" and config.sliding_window):
+        raise AdapterError("format: the model attends within a sliding window, which llama.cpp's loader ignores")
+    kinds = _rope(config)
+    if kinds["rope_type"] not in ("default", "linear", "llama3") or kinds.get("partial_rotary_factor", 1) != 1:
+        raise AdapterError(f"format: rotary embeddings of the kind {kinds['rope_type']} are not written as GGUF")
+    if config.model_type == "smollm3" and any(bool((index + 1) % 4) != bool(on) for index, on in _no_rope(config)):
+        raise AdapterError("format: llama.cpp leaves rotary embeddings out of every fourth layer, this model of others")
+    gguf_vocabulary.check(base.tokenizer)
+
+
+def pieces(found: Sequence[Piece], base: Base, layout: GGUFLayout, precision: str) -> list[Piece]:
+    """Those of a merged model, under the names, in the types and orders of GGUF.
+
+    Raises:
+        AdapterError: a tensor that llama.cpp does not know.
+    """
+    by_stored = {stored: name for name, stored in base.tensors.names.items()}
+    known = {name for name, _ in base.model.named_parameters(remove_duplicate=False)}
+    result = []
+    for piece in found:
+        name = by_stored.get(piece.name, piece.name)
+        if name not in known:  # rotary frequencies and the like, which are computed
+            continue
+        if len(piece.entry.shape) == 2:
+            dtype = precision if piece.entry.shape[1] % 32 == 0 or precision != "Q8_0" else "F16"
+        else:
+            dtype = "F32"
+        result.append(replace(piece, name=layout.name(name), dtype=dtype, heads=layout.heads(name)))
+    return result
+
+
+def written_bytes(piece: Piece) -> int:
+    """Of the tensor's data."""
+    return int(np.prod(_byte_shape(piece)))
+
+
+def write(
+    found: Sequence[Piece], base: Base, deltas: Deltas, path: Path, *, architecture: str, name: str, precision: str,
+    tell: Tell,
+) -> Rounding:  # fmt: skip
+    """Write the file; `found` are `pieces`.
+
+    Raises:
+        AdapterError: a sum or a cast that leaves the range of its type.
+        OSError: a file cannot be read or written.
+    """
+    total = sum(map(written_bytes, found))
+    alignment = _write_start(found, base, path, architecture, name, precision)
+    with Files() as files, path.open("ab", buffering=0) as file:
+        computed = Sums(deltas, files, _encode)
+        extra = _rope_factors(base.model.config)
+        if extra is not None:
+            write_all(file, extra)
+            _pad(file, alignment)
+
+        def store(block: Block, data: Tensor) -> None:
+            write_all(file, data)
+            if block.stop == block.piece.count:
+                _pad(file, alignment)
+
+        blocks = (block for piece in found for block in sums.blocks(piece))
+        told = sums.told(blocks, written_bytes, total, tell)
+        pipelined(told, partial(sums.read, files), computed.compute, store)
+    return computed.rounding
+
+
+def _write_start(
+    found: Sequence[Piece], base: Base, path: Path, architecture: str, name: str, precision: str
+) -> int:  # fmt: skip
+    """Everything before the first tensor's data; the alignment of the data."""
+    writer: Any = gguf.GGUFWriter(path, architecture)
+    try:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        _add_sizes(writer, base.model.config)
+        writer.add_file_type(_FILE_TYPES[precision])
+        gguf_vocabulary.add(writer, base.tokenizer, len(base.model.get_input_embeddings().weight))
+        extra = _rope_factors(base.model.config)
+        if extra is not None:
+            writer.add_tensor_info("rope_freqs.weight", tuple(extra.shape), np.dtype(np.float32), extra.nbytes)
+        for piece in found:
+            raw = None if piece.dtype != "Q8_0" else gguf.GGMLQuantizationType.Q8_0
+            stored = np.dtype({"F32": np.float32, "F16": np.float16, "Q8_0": np.uint8}[piece.dtype])
+            shape = _byte_shape(piece) if raw else piece.entry.shape
+            writer.add_tensor_info(piece.name, shape, stored, written_bytes(piece), raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.write_padding(writer.fout[0], writer.fout[0].tell())
+    finally:
+        writer.close()
+    return int(writer.data_alignment)
+
+
+def _add_sizes(writer: Any, config: Any) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    rope = _rope(config)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    found = {"rope_type": "default", **(config.rope_parameters or {})}
+    if "rope_theta" not in found:
+        raise AdapterError("format: rotary embeddings that differ between layers are not written as GGUF")
+    return found
+
+
+def _no_rope(config: Any) -> Iterator[tuple[int, int]]:
+    return enumerate(config.no_rope_layers)
+
+
+def _rope_factors(config: Any) -> Tensor | None:
+    """By how much Llama 3's stretched wavelengths are longer than plain ones, fp32 (pairs of a head)."""
+    if _rope(config)["rope_type"] != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stretched: Tensor
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    pairs = len(stretched)
+    plain: Tensor = _rope(config)["rope_theta"] ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
+    return plain / stretched
+
+
+def _encode(piece: Piece, exact: Tensor) -> tuple[Tensor, Tensor]:
+    kind = gguf.GGMLQuantizationType[piece.dtype]
+    heads = piece.heads and piece.heads * len(exact) // piece.count
+    ordered = (reorder(exact, heads) if heads else exact).contiguous()
+    with np.errstate(over="ignore"):
+        data = gguf.quantize(ordered.numpy(), kind)
+    decoded = torch.from_numpy(gguf.dequantize(data, kind))
+    return torch.from_numpy(data), restore(decoded, heads) if heads else decoded
+
+
+def _byte_shape(piece: Piece) -> tuple[int, ...]:
+    """Of the data, in bytes along the last axis."""
+    size, item = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[piece.dtype]]
+    *rows, width = piece.entry.shape
+    return (*rows, width // size * item)
+
+
+def _pad(file: Any, alignment: int) -> None:
+    write_all(file, torch.zeros(-file.seek(0, 2) % alignment, dtype=torch.uint8))
+
+
+class GGUFTensors:
+    """A GGUF file by the names of the model that it was written from (`exporting.tensors.Tensors`)."""
+
+    def __init__(self, path: Path, layout: GGUFLayout, model: Any) -> None:
+        self._layout = layout
+        self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        expected = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self._names = {name: stored for name in expected if (stored := layout.name(name)) in self._tensors}
+        unknown = set(self._tensors) - set(self._names.values()) - {"rope_freqs.weight"}
+        if unknown:
+            raise AdapterError(f"{path.name}: tensors that the model does not have: {', '.join(sorted(unknown))}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A slice of the first axis, in the model's own order, fp32."""
+        tensor = self._tensors[self._names[name]]
+        places = stored_rows(int(tensor.data.shape[0]), self._layout.heads(name))[start:stop]
+        found: Any = gguf.dequantize(tensor.data[places.numpy()], tensor.tensor_type)
+        return torch.from_numpy(found.astype(np.float32))
+
+    def rest(self, streamed: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in self._names:
+            if name not in streamed:
+                yield name, self.rows(name, 0, int(self._tensors[self._names[name]].data.shape[0]))

@@ -1,0 +1,112 @@
+"""A byte-level BPE tokenizer as the fields of a GGUF file, where llama.cpp is known to split text as it does.
+
+llama.cpp names ways to split a text before BPE ("tokenizer.ggml.pre") and knows each by its own code. Which one a
+tokenizer has is told from its definition, not from its name; one that is not listed here is refused, as other tokens
+would be other answers.
+"""
+
+import json
+from typing import Any
+
+import gguf
+
+from lora_engine import chat
+from lora_engine.errors import AdapterError
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_BYTES_ALONE = {**_BYTES, "use_regex": False}
+_REFUSED = "only byte-level BPE tokenizers whose splitting llama.cpp is known to share are written as GGUF"
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+# Of each name: normalizers, pre-tokenizers in their order, and whether whole words that are tokens skip the merges.
+_KNOWN: dict[str, tuple[tuple[str | None, ...], list[dict[str, Any]], bool]] = {
+    "gpt-2": ((None,), [_BYTES], False),
+    "smollm": ((None,), [{"type": "Digits", "individual_digits": True}, _BYTES], False),
+    "llama-bpe": ((None,), [_split(_WORDS + r"\p{N}{1,3}" + _REST), _BYTES_ALONE], True),
+    "qwen2": ((None, "NFC"), [_split(_WORDS + r"\p{N}" + _REST), _BYTES_ALONE], False),
+}
+
+
+def add(writer: Any, tokenizer: Any, embeddings: int) -> None:
+    """Add tokens, merges, special tokens and chat template to a `GGUFWriter`; `embeddings` is the number of ids.
+
+    Raises:
+        AdapterError: a tokenizer of another kind.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_splitting(backend))
+    tokens, types = _tokens(tokenizer, embeddings)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = backend["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    _add_special(writer, tokenizer)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.get_chat_template())
+
+
+def check(tokenizer: Any) -> None:
+    """Raises AdapterError for a tokenizer that `add` would refuse."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise AdapterError(f"the tokenizer has no tokenizer.json; {_REFUSED}")
+    _splitting(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def _splitting(backend: dict[str, Any]) -> str:
+    model, normalizer = backend["model"], backend["normalizer"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise AdapterError(f"the tokenizer is of the kind {model['type']}; {_REFUSED}")
+    steps = backend["pre_tokenizer"] or {}
+    listed = [_plain(step) for step in steps.get("pretokenizers", [steps])]
+    for name, (normalizers, wanted, ignores_merges) in _KNOWN.items():
+        kind = normalizer and normalizer["type"]
+        if listed == wanted and kind in normalizers and bool(model.get("ignore_merges")) == ignores_merges:
+            return name
+    raise AdapterError(f"the tokenizer splits texts by {json.dumps(listed)[:300]}; {_REFUSED}")
+
+
+def _plain(step: dict[str, Any]) -> dict[str, Any]:
+    """Without what only matters for offsets."""
+    return {name: value for name, value in step.items() if name != "trim_offsets"}
+
+
+def _tokens(tokenizer: Any, embeddings: int) -> tuple[list[str], list[int]]:
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens: list[str] = []
+    types: list[int] = []
+    for number in range(embeddings):
+        if number not in by_id:
+            tokens.append(f"[PAD{number}]")
+            types.append(gguf.TokenType.UNUSED)
+            continue
+        tokens.append(added[number].content if number in added else by_id[number])
+        kind = gguf.TokenType.NORMAL
+        if number in added:
+            kind = gguf.TokenType.CONTROL if added[number].special else gguf.TokenType.USER_DEFINED
+        types.append(kind)
+    return tokens, types
+
+
+def _add_special(writer: Any, tokenizer: Any) -> None:
+    known = {
+        writer.add_bos_token_id: tokenizer.bos_token_id,
+        writer.add_eos_token_id: tokenizer.eos_token_id,
+        writer.add_unk_token_id: tokenizer.unk_token_id,
+        writer.add_pad_token_id: tokenizer.pad_token_id,
+    }
+    for add_id, number in known.items():
+        if number is not None:
+            add_id(number)
+    bos = tokenizer.bos_token_id
+    writer.add_add_bos_token(bos is not None and tokenizer("a")["input_ids"][:1] == [bos])
+    turn = sorted(chat.stop_ids(tokenizer) - {tokenizer.eos_token_id})
+    if turn:
+        writer.add_eot_token_id(turn[0])
