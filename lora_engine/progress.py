@@ -1,4 +1,4 @@
-"""A training's progress on a terminal: one line that moves; elsewhere a line per step."""
+"""A job's progress on a terminal: one line that moves; elsewhere a line per step, or per tenth of the work."""
 
 import shutil
 import time
@@ -42,6 +42,30 @@ class Progress:
         if self._moving and self._steps:
             self._stream.write("\n")
             self._stream.flush()
+
+
+class Counter:
+    """Tells how much of some work is done to a stream, with the time that is left at the pace so far."""
+
+    def __init__(self, stream: TextIO, what: str) -> None:
+        self._stream = stream
+        self._what = what
+        self._moving = stream.isatty()
+        self._started = time.monotonic()
+        self._tenths = 0
+
+    def tell(self, done: int, total: int) -> None:
+        """Called as often as one likes, with numbers of anything."""
+        total = max(total, 1)
+        left = (time.monotonic() - self._started) / max(done, 1) * (total - done)
+        if self._moving:
+            filled = "█" * (_BAR * done // total)
+            line = f"{filled.ljust(_BAR, '░')}  {self._what} {done / total:.0%}  {clock(left)} left"
+            self._stream.write(_ERASE + line[: shutil.get_terminal_size().columns - 1] + "\n" * (done >= total))
+        elif 10 * done // total > self._tenths:
+            self._tenths = 10 * done // total
+            self._stream.write(f"{self._what} {done / total:.0%}  {clock(left)} left\n")
+        self._stream.flush()
 
 
 def clock(seconds: float) -> str:

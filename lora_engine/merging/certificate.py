@@ -83,6 +83,15 @@ def totals(modules: Mapping[str, ModuleCertificate]) -> dict[str, Any]:
     }
 
 
+def document(modules: Mapping[str, ModuleCertificate], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file holds, as plain JSON."""
+    return {
+        **facts,
+        "totals": totals(modules),
+        "modules": {name: modules[name].to_mapping() for name in sorted(modules)},
+    }
+
+
 def norms(B: Wide | Array, A: Wide | Array) -> Norms:
     """Of B·A (out × in), in fp64, without forming it: R × R matrices alone.
 

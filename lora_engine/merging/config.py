@@ -214,3 +214,44 @@ def check_count(method: str, count: int) -> None:
         raise SpecError(f"adapters: expected at least {'one adapter' if low == 1 else low}", field="adapters")
     if count > high:
         raise SpecError(f"adapters: {method} takes at most {high}, there are {count}", field="adapters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """How the difference of two full checkpoints of one architecture becomes an adapter: D = W_tuned - W_base.
+
+    Attributes:
+        rank: of every module; 16 where neither it nor `energy` is given.
+        energy: in its place, the share of every module's squared norm that is kept.
+        other_changes: what else differs, as norms and embeddings, no adapter can hold: "refuse" it, or "leave_out" and
+            state it in the certificate.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    other_changes: Literal["refuse", "leave_out"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            bounded(self, "rank", 1, 4096)
+        if self.energy is not None:
+            bounded(self, "energy", 0, 1, exclusive_low=True)
+            if self.rank is not None:
+                raise SpecError("energy: at most one of rank and energy can be given", field="energy")
+        one_of(self, "other_changes", ("refuse", "leave_out"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSpec(ExtractConfig):
+    """An adapter from two full checkpoints, on files of this machine.
+
+    Attributes:
+        base_model, tuned_model: folders with config and safetensors.
+        output: folder for the adapter.
+        base_model_name: what `adapter_config.json` calls the base model; its folder when left out.
+    """
+
+    base_model: str
+    tuned_model: str
+    output: str
+    base_model_name: str | None = None

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lora_engine.errors import SpecError
+from lora_engine.errors import AdapterError, SpecError
 from lora_engine.merging import certificate, geometry, low_rank, projection, result, sources
 from lora_engine.merging.arrays import Array
 from lora_engine.merging.certificate import ModuleCertificate, Norms
@@ -62,7 +62,7 @@ def merged(
     files: Mapping[str, str] = _NOTHING,
 ) -> dict[str, Any]:
     """As `merge`, of a merge that was planned already."""
-    exact = _exact(plan)
+    exact = exact_results(plan)
     passes = 2 if plan.config.max_bytes is not None else 1
     progress = _Progress(tell, passes * len(plan.modules))
     ranks = _ranks(plan, exact, progress) if passes == 2 else {}
@@ -71,6 +71,10 @@ def merged(
     for module in plan.modules:
         results[module] = measure(module, _written(plan, module, exact(module), ranks.get(module)))
         progress.advance()
+    if not any(item.certificate.exact.frobenius for item in results.values()):
+        raise AdapterError(
+            f"nothing is left: the result of {plan.config.method} is zero; choose other weights or scope"
+        )
     return result.publish(plan, results, output, lineage=lineage, files=files)
 
 
@@ -84,7 +88,8 @@ class _Progress:
             self._tell(self._done, self._total)
 
 
-def _exact(plan: Plan) -> Exact:
+def exact_results(plan: Plan) -> Exact:
+    """The method's exact result of every module, before any compression."""
     method = plan.config.method
     if method in NONLINEAR:
         from lora_engine.merging import shared_basis  # torch

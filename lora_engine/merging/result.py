@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_engine import peft_config, safetensors_file
+from lora_engine import peft_config, safetensors_file, strict_json
 from lora_engine.adapter_header import CONFIG, FACTORS, LINEAGE, PREFIX, WEIGHTS
 from lora_engine.errors import AdapterError
 from lora_engine.folders import published
@@ -69,23 +69,21 @@ def publish(
     native = plan.config.energy is not None or plan.config.max_bytes is not None
     rank = _rank(plan, results)
     config, arrays = _native(plan, results) if native else _portable(plan, results, rank)
-    modules = {name: item.certificate for name, item in results.items()}
     recipe = plan.recipe
     facts = {
         "method": plan.config.method,
         "parents": _parents(recipe),
         "recipe": recipe,
         "recipe_digest": digest(recipe),
+        **_training(plan),
         **lineage,
         "base_model": plan.base_model_name,
         "base_digest": plan.base_digest,
     }
-    certified = {
-        "method": plan.config.method,
-        "recipe_digest": facts["recipe_digest"],
-        "totals": certificate.totals(modules),
-        "modules": {name: item.to_mapping() for name, item in sorted(modules.items())},
-    }
+    certified = certificate.document(
+        {name: item.certificate for name, item in results.items()},
+        {"method": plan.config.method, "recipe_digest": facts["recipe_digest"]},
+    )
     with published(folder) as temporary:
         path = temporary / WEIGHTS
         safetensors_file.write(path, arrays, {"format": "pt"}, _TYPES[plan.config.options["dtype"]])
@@ -107,6 +105,25 @@ def publish(
         "recipe_digest": facts["recipe_digest"],
         "certificate": certified["totals"],
     }
+
+
+def _training(plan: Plan) -> dict[str, Any]:
+    """What the base model's weights were quantised to while the sources were trained, where all say the same.
+
+    An export has to know which base the adapter was trained on.
+    """
+    found = {_quantization(source.header.folder / LINEAGE) for source in plan.sources}
+    quantization = found.pop() if len(found) == 1 else None
+    return {"training": {"quantization": quantization}} if quantization else {}
+
+
+def _quantization(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    lineage = strict_json.loads(path.read_bytes())
+    training = lineage.get("training") if isinstance(lineage, dict) else None
+    found = training.get("quantization") if isinstance(training, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _rank(plan: Plan, results: Mapping[str, ModuleResult]) -> int:

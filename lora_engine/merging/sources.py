@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from lora_engine.adapter_header import Header, inspect, targets
+from lora_engine.adapter_header import Header, digest, inspect, targets
 from lora_engine.config import MAX_STACK_RANK
 from lora_engine.errors import AdapterError, SpecError
 from lora_engine.merging.config import GEOMETRIC, VLLM_RANKS, MergeConfig, MergeSpec, check_count
@@ -82,8 +82,6 @@ class Plan:
 
 def read(spec: MergeSpec) -> list[Source]:
     """The adapters of a spec, by their configs and headers."""
-    from lora_engine.adapter import digest
-
     return [
         Source(inspect(Path(item.path)), digest(Path(item.path)), item.weight, item.weights) for item in spec.adapters
     ]
