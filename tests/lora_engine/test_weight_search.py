@@ -10,6 +10,7 @@ import torch
 
 from lora_engine import adapter, weight_search_loss
 from lora_engine.adapter import Adapter, LoraWeights
+from lora_engine.adapter_header import digest
 from lora_engine.base_model import BaseModel
 from lora_engine.config import LoraConfig, TrainingConfig, TrainSpec
 from lora_engine.errors import AdapterError, DataError, SpecError
@@ -98,7 +99,7 @@ def test_it_finds_what_must_be_subtracted(
     spec = make(spoilt(trained, noise, tmp_path / "spoilt"), noise)
     report = search(spec, base=base)
     assert report["kept"] == "found"
-    assert row(report, "found")["weights"][adapter.digest(noise)] < -0.3
+    assert row(report, "found")["weights"][digest(noise)] < -0.3
     others = [item for item in report["table"] if item["name"] != "found"]
     for split_name in ("selection_loss", "test_loss"):
         assert row(report, "found")[split_name] < min(item[split_name] for item in others)
@@ -108,7 +109,7 @@ def test_layers_have_weights_of_their_own(base: BaseModel, trained: Adapter, mak
     folder = flipped(trained, tmp_path / "flipped")
     whole = search(make(folder, output="whole"), base=base)
     layered = search(make(folder, output="layered", per="layer"), base=base)
-    weights = row(layered, "found")["weights"][adapter.digest(folder)]
+    weights = row(layered, "found")["weights"][digest(folder)]
     assert list(weights) == ["model.layers.0", "model.layers.1"]
     assert weights["model.layers.0"] > 0 > weights["model.layers.1"]
     assert row(layered, "found")["test_loss"] < row(whole, "found")["test_loss"]
@@ -117,7 +118,7 @@ def test_layers_have_weights_of_their_own(base: BaseModel, trained: Adapter, mak
 
 def assert_written(base: BaseModel, source: Path, folder: Path, report: dict[str, Any]) -> None:
     """The stack in the folder is the source with the weights of the report, by layer."""
-    weights = row(report, "found")["weights"][adapter.digest(source)]
+    weights = row(report, "found")["weights"][digest(source)]
     found, before = adapter.read(folder), adapter.read(source)
     for name in before.weights:
         weight = weights[name[: len("model.layers.0")]]
@@ -150,9 +151,9 @@ def test_it_is_never_worse_than_what_it_began_with(
     adapter.write(trained, folder, lineage={})
     report = search(make(folder, noise, learning_rate=1.0, steps=2, eval_every=1), base=base)
     assert report["kept"] == "single"
-    assert report["best_single"] == adapter.digest(folder)
+    assert report["best_single"] == digest(folder)
     kept, single = row(report, "found"), row(report, "single")
-    assert kept["weights"] == single["weights"] == {adapter.digest(folder): 1.0, adapter.digest(noise): 0.0}
+    assert kept["weights"] == single["weights"] == {digest(folder): 1.0, digest(noise): 0.0}
     assert kept["selection_loss"] == single["selection_loss"]
     assert max(item["selection_loss"] for item in report["history"]) > kept["selection_loss"]
 
