@@ -95,6 +95,15 @@ def get(session: Session, base_model_id: str) -> BaseModel:
     return row
 
 
+def catalogued(session: Session, base_model_id: str, param: str = "base_model") -> BaseModel:
+    """The one that a request names in the field `param`. Raises Invalid."""
+    try:
+        return get(session, base_model_id)
+    except NotFound:
+        message = f"{param}: {base_model_id[:80]!r} is not in the catalogue; GET /base-models lists what is"
+        raise Invalid(message, param=param) from None
+
+
 def page(session: Session, after: str | None, limit: int) -> tuple[list[BaseModel], bool]:
     """The catalogue, by id descending, below the id `after`; and whether there is more."""
     rows = select(BaseModel)

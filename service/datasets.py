@@ -182,6 +182,21 @@ def get(session: Session, owner_id: str, dataset_id: str, *, keep: bool = False)
     return dataset
 
 
+def ready(session: Session, owner_id: str, dataset_id: str, param: str = "dataset") -> Dataset:
+    """The one that a request names in the field `param`; nobody deletes it before this transaction ends.
+
+    Raises:
+        NotFound, Conflict: no such dataset of this owner, or one that is still being validated.
+    """
+    try:
+        dataset = get(session, owner_id, dataset_id, keep=True)
+    except NotFound as error:
+        raise NotFound(f"{param}: {error.message}", param=param) from None
+    if dataset.status != "ready":
+        raise Conflict(f"{param}: is still being validated; wait until its status is ready", param=param)
+    return dataset
+
+
 def page(session: Session, owner_id: str, after: str | None, limit: int) -> tuple[list[Dataset], bool]:
     """The owner's datasets, newest first, below the id `after`; and whether there are more."""
     rows = select(Dataset).where(Dataset.owner_id == owner_id, Dataset.deleted_at.is_(None))

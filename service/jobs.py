@@ -1,23 +1,19 @@
 """Jobs as their owners see them: submitted, listed, cancelled. What workers do with them is in `leases`."""
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from sqlalchemy import case, func, select, update
+from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from lora_engine.config import MAX_STACK_RANK, LoraConfig, TrainingConfig, check_held_out, to_mapping
+from lora_engine.config import LoraConfig, TrainingConfig, check_held_out, to_mapping
 from lora_engine.errors import SpecError
 from lora_engine.target_modules import Module, targets
-from service import adapters, base_models, datasets, events, queue
+from service import base_models, datasets, events, queue
 from service.db import now
 from service.errors import Conflict, Invalid, NotFound
-from service.models import Adapter, AdapterParent, BaseModel, IdempotencyKey, Job, new_id
-
-MAX_SOURCES = 64
+from service.models import BaseModel, IdempotencyKey, Job, new_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,45 +35,8 @@ class TrainingRequest:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         check_held_out(self.training, self.validation_dataset)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeSource:
-    """One adapter of a merge and the weight its delta gets, of any sign."""
-
-    adapter: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not -1e4 <= self.weight <= 1e4:
-            raise SpecError("weight: must be at least -10000 and at most 10000", field="weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeRequest:
-    """The body of ``POST /adapters/merge``.
-
-    Attributes:
-        adapters: the sources, all on one base model.
-        method: "stack" concatenates along the rank and is exact.
-        name: of the job and of its adapter.
-    """
-
-    adapters: Sequence[MergeSource]
-    method: Literal["stack"] = "stack"
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_name(self.name)
-        if not 1 <= len(self.adapters) <= MAX_SOURCES:
-            raise SpecError(f"adapters: expected between 1 and {MAX_SOURCES} adapters", field="adapters")
-        sums: dict[str, float] = defaultdict(float)
-        for source in self.adapters:
-            sums[source.adapter] += source.weight
-        if not any(sums.values()):
-            raise SpecError("adapters: the weights cancel out, which leaves nothing to merge", field="adapters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +58,11 @@ def submit_training(
     """
 
     def build() -> Job:
-        base = _base_model(session, request.base_model)
+        base = base_models.catalogued(session, request.base_model)
         _check_modules(base, request.lora)
-        _ready_dataset(session, owner_id, request.dataset, "dataset")
+        datasets.ready(session, owner_id, request.dataset, "dataset")
         if request.validation_dataset is not None:
-            _ready_dataset(session, owner_id, request.validation_dataset, "validation_dataset")
+            datasets.ready(session, owner_id, request.validation_dataset, "validation_dataset")
         return Job(
             kind="train",
             name=request.name or base.id,
@@ -113,40 +72,7 @@ def submit_training(
             validation_dataset_id=request.validation_dataset,
         )
 
-    return _submit(session, owner_id, build, idempotency)
-
-
-def submit_merge(
-    session: Session, owner_id: str, request: MergeRequest, idempotency: Idempotency | None = None
-) -> tuple[Job, bool]:
-    """Queue a merge of the owner's adapters; its result is an adapter like any other, with its parents recorded.
-
-    Raises:
-        NotFound: one of them is not the owner's.
-        Conflict: they are on different base models.
-    """
-
-    def build() -> Job:
-        sources = [adapters.get(session, owner_id, source.adapter, keep=True) for source in request.adapters]
-        _one_base_model(sources)
-        rank = sum({source.id: source.rank for source in sources}.values())
-        if rank > MAX_STACK_RANK:
-            message = f"adapters: the ranks add up to {rank}; a stack has at most {MAX_STACK_RANK}"
-            raise Invalid(message, param="adapters")
-        return Job(
-            kind="merge",
-            name=request.name or f"merge of {len(sources)}",
-            spec={"method": request.method, "adapters": [to_mapping(source) for source in request.adapters]},
-            base_model_id=sources[0].base_model_id,
-        )
-
-    job, created = _submit(session, owner_id, build, idempotency)
-    if created:
-        for position, source in enumerate(request.adapters):
-            parent = AdapterParent(job_id=job.id, position=position, parent_id=source.adapter, weight=source.weight)
-            session.add(parent)
-        session.flush()
-    return job, created
+    return submit(session, owner_id, build, idempotency)
 
 
 def get(session: Session, owner_id: str, job_id: str) -> Job:
@@ -209,51 +135,60 @@ def cancel(session: Session, owner_id: str, job_id: str) -> Job:
     return job
 
 
-def _submit(
-    session: Session, owner_id: str, build: Callable[[], Job], idempotency: Idempotency | None
+def submit(
+    session: Session, owner_id: str, build: Callable[[], Job], idempotency: Idempotency | None = None
 ) -> tuple[Job, bool]:
-    if idempotency is not None and (known := _replay(session, owner_id, idempotency)):
-        return known, False
-    try:
-        with session.begin_nested():
-            job = build()
-            job.id, job.owner_id = new_id("job"), owner_id
-            session.add(job)
-            session.flush()
-            if idempotency is not None:
-                session.add(
-                    IdempotencyKey(
-                        owner_id=owner_id, key=idempotency.key, body_sha256=idempotency.body_sha256, job_id=job.id
-                    )
-                )
-                session.flush()
-    except IntegrityError:
-        # The same key was accepted by another request while this one waited for it to commit.
-        if idempotency is not None and (known := _replay(session, owner_id, idempotency)):
+    """Accept what `build` makes: a new job, or one that there is already and that answers the same request.
+
+    Returns the job and whether it is new. A key that was used before answers with its job, whatever else has changed.
+    """
+    for last_try in (False, True):
+        if known := replayed(session, owner_id, idempotency):
             return known, False
-        raise
-    events.append(session, job.id, "Queued")
-    queue.enqueue(session, job.id)
-    return job, True
+        try:
+            with session.begin_nested():
+                job, created = _accept(session, owner_id, build(), idempotency)
+            break
+        except IntegrityError:
+            # The same key or the same recipe was accepted by another request while this one waited for it to commit.
+            if last_try:
+                raise
+    if created and job.state == "queued":
+        events.append(session, job.id, "Queued")
+        queue.enqueue(session, job.id)
+    return job, created
 
 
-def _replay(session: Session, owner_id: str, idempotency: Idempotency) -> Job | None:
-    row = session.get(IdempotencyKey, (owner_id, idempotency.key))
-    if row is None:
+def replayed(session: Session, owner_id: str, idempotency: Idempotency | None) -> Job | None:
+    """The job that a request with this key was answered with.
+
+    Raises:
+        Invalid: that was another request.
+    """
+    row = session.get(IdempotencyKey, (owner_id, idempotency.key)) if idempotency is not None else None
+    if row is None or idempotency is None:
         return None
     if row.body_sha256 != idempotency.body_sha256:
         raise Invalid("this Idempotency-Key was used for another request; use a new key", code="idempotency_mismatch")
     return get(session, owner_id, row.job_id)
 
 
-def _base_model(session: Session, base_model_id: str) -> BaseModel:
-    try:
-        return base_models.get(session, base_model_id)
-    except NotFound:
-        raise Invalid(
-            f"base_model: {base_model_id[:80]!r} is not in the catalogue; GET /base-models lists what is",
-            param="base_model",
-        ) from None
+def forget_key(session: Session, job_id: str) -> None:
+    """Let the request that made this job be made again."""
+    session.execute(delete(IdempotencyKey).where(IdempotencyKey.job_id == job_id))
+
+
+def _accept(session: Session, owner_id: str, job: Job, idempotency: Idempotency | None) -> tuple[Job, bool]:
+    created = job.id is None
+    if created:
+        job.id, job.owner_id = new_id("job"), owner_id
+        session.add(job)
+        session.flush()
+    if idempotency is not None:
+        row = {"key": idempotency.key, "body_sha256": idempotency.body_sha256, "job_id": job.id}
+        session.add(IdempotencyKey(owner_id=owner_id, **row))
+        session.flush()
+    return job, created
 
 
 def _check_modules(base: BaseModel, lora: LoraConfig) -> None:
@@ -263,22 +198,8 @@ def _check_modules(base: BaseModel, lora: LoraConfig) -> None:
         raise Invalid(error.message, param=error.field) from None
 
 
-def _ready_dataset(session: Session, owner_id: str, dataset_id: str, param: str) -> None:
-    try:
-        dataset = datasets.get(session, owner_id, dataset_id, keep=True)
-    except NotFound as error:
-        raise NotFound(f"{param}: {error.message}", param=param) from None
-    if dataset.status != "ready":
-        raise Conflict(f"{param}: is still being validated; wait until its status is ready", param=param)
-
-
-def _one_base_model(sources: Sequence[Adapter]) -> None:
-    base_ids = sorted({source.base_model_id for source in sources})
-    if len(base_ids) > 1:
-        raise Conflict(f"adapters: they are on different base models: {', '.join(base_ids)}", param="adapters")
-
-
-def _check_name(name: str | None) -> None:
+def check_name(name: str | None) -> None:
+    """Raises SpecError unless it is one that can be shown and written anywhere, or none."""
     if name is None:
         return
     allowed = all(character.isalnum() or character in " ._-" for character in name)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from service import events, queue
 from service.db import now
-from service.models import ACTIVE, Adapter, Checkpoint, Job, new_id
+from service.models import ACTIVE, Adapter, Artifact, Checkpoint, Job, new_id
 
 MAX_LOSSES = 3  # losses in a row without a newer checkpoint, after which a job fails
 _BACKOFF_SECONDS = 5.0
@@ -49,14 +49,27 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """An adapter whose files are in the store: what a job leaves."""
+    """What a job leaves, with its files in the store: an adapter, which has a rank, or else an artifact."""
 
-    adapter_id: str
     prefix: str
     files: list[dict[str, Any]]
     digest: str
-    rank: int
+    rank: int | None
     metrics: dict[str, Any]
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", new_id(self.noun))
+
+    @property
+    def noun(self) -> Literal["adapter", "artifact"]:
+        return "artifact" if self.rank is None else "adapter"
+
+
+def result_prefix(claim: Claim, noun: Literal["adapter", "artifact"]) -> str:
+    """Where an attempt puts the files of its result."""
+    return f"{noun}s/{claim.job_id}/e{claim.epoch}"
 
 
 def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: float) -> Claim | None:
@@ -94,6 +107,31 @@ def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: flo
         return None
     events.append(session, row.id, f"Claimed by a worker (attempt {row.attempt})")
     return Claim(row.id, row.owner_id, row.kind, row.epoch, row.attempt)
+
+
+def take(job: Job, holder: str, lease_seconds: float) -> None:
+    """Make a new job one that the process which submits it works on itself (T3 and T4 at once).
+
+    Should that process die, the lease runs out and a worker gets the job.
+    """
+    job.state, job.epoch, job.attempt, job.worker_id = "running", 1, 1, holder
+    job.lease_until, job.started_at = now() + lease_seconds, now()
+
+
+def taken(job: Job) -> Claim:
+    """The claim on a job that `take` was called with."""
+    return Claim(job.id, job.owner_id, job.kind, job.epoch, job.attempt)
+
+
+def hand_over(session: Session, claim: Claim) -> None:
+    """What was taken has been prepared: the workers do the rest. Raises Fenced."""
+    row = _change(session, claim, ACTIVE)
+    if row.cancel_requested_at is not None:
+        cancelled(session, claim)
+        return
+    _change(session, claim, ACTIVE, **_requeued(), attempt=0, started_at=None)
+    events.append(session, claim.job_id, "Queued")
+    queue.enqueue(session, claim.job_id)
 
 
 def start(session: Session, claim: Claim) -> None:
@@ -154,19 +192,19 @@ def forget_checkpoints(session: Session, claim: Claim, keep: int) -> list[str]:
 
 
 def succeed(session: Session, claim: Claim, result: Result) -> None:
-    """Publish (T7): the adapter's row and the job's end in one transaction. A cancel that came first wins."""
-    if session.get(Adapter, result.adapter_id) is not None:
+    """Publish (T7): the result's row and the job's end in one transaction. A cancel that came first wins."""
+    if _is_published(session, result):
         return  # committed before, but the answer was lost
     row = _change(session, claim, ("running",), **_ended("succeeded"), phase=None, eta_seconds=None)
-    _add_adapter(session, claim, row, result)
+    _publish(session, claim, row, result)
     for remark in _remarks(result.metrics):
         events.append(session, claim.job_id, remark)
-    events.append(session, claim.job_id, "Succeeded", data={"adapter": result.adapter_id})
+    events.append(session, claim.job_id, "Succeeded", data={result.noun: result.id})
 
 
 def fail(session: Session, claim: Claim, code: str, category: str, message: str, left: Result | None = None) -> None:
     """End the job with a reason its owner can act on. What it `left` behind, a sound adapter, is theirs to use."""
-    if left is not None and session.get(Adapter, left.adapter_id) is not None:
+    if left is not None and _is_published(session, left):
         return  # committed before, but the answer was lost
     row = _change(
         session, claim, ACTIVE, **_ended("failed"), phase=None, eta_seconds=None,
@@ -182,9 +220,9 @@ def fail(session: Session, claim: Claim, code: str, category: str, message: str,
         return
     told: dict[str, Any] = {"code": code}
     if left is not None:
-        _add_adapter(session, claim, row, left)
-        told["adapter"] = left.adapter_id
-        events.append(session, claim.job_id, "The last good adapter was kept", data={"adapter": left.adapter_id})
+        _publish(session, claim, row, left)
+        told["adapter"] = left.id
+        events.append(session, claim.job_id, "The last good adapter was kept", data={"adapter": left.id})
     events.append(session, claim.job_id, f"Failed: {message}", level="error", data=told)
 
 
@@ -258,10 +296,6 @@ def reap(session: Session) -> list[str]:
     return [row.id for row in rows]
 
 
-def new_adapter_id() -> str:
-    return new_id("adapter")
-
-
 def _change(session: Session, claim: Claim, states: tuple[str, ...], **values: Any) -> Any:
     """Compare and set. The row stays locked until the end of the transaction."""
     statement = (
@@ -289,14 +323,17 @@ def _requeued() -> dict[str, Any]:
     return {**_freed(), "state": "queued", "phase": None, "eta_seconds": None, "announced_at": now()}
 
 
-def _add_adapter(session: Session, claim: Claim, row: Any, result: Result) -> None:
-    session.add(
-        Adapter(
-            id=result.adapter_id, owner_id=claim.owner_id, job_id=claim.job_id, base_model_id=row.base_model_id,
-            name=row.name, kind=claim.kind, epoch=claim.epoch, prefix=result.prefix, files=result.files,
-            digest=result.digest, rank=result.rank, metrics=result.metrics,
-        )
-    )  # fmt: skip
+def _is_published(session: Session, result: Result) -> bool:
+    return session.get(Adapter if result.noun == "adapter" else Artifact, result.id) is not None
+
+
+def _publish(session: Session, claim: Claim, row: Any, result: Result) -> None:
+    told: dict[str, Any] = {
+        "id": result.id, "owner_id": claim.owner_id, "job_id": claim.job_id, "base_model_id": row.base_model_id,
+        "name": row.name, "kind": claim.kind, "epoch": claim.epoch, "prefix": result.prefix, "files": result.files,
+        "digest": result.digest, "metrics": result.metrics,
+    }  # fmt: skip
+    session.add(Artifact(**told) if result.rank is None else Adapter(**told, rank=result.rank))
 
 
 def _remarks(metrics: dict[str, Any]) -> list[str]:

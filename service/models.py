@@ -18,13 +18,14 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.db import now
 
 ACTIVE = ("claimed", "running", "cancelling")
 TERMINAL = ("succeeded", "failed", "cancelled")
 STATES = ("queued", *ACTIVE, *TERMINAL)
+UNDER_WAY = ("queued", "claimed", "running")  # and nobody has asked to cancel
 
 
 def new_id(prefix: str) -> str:
@@ -118,9 +119,10 @@ class Dataset(Table):
 
 
 class Job(Table):
-    """The truth about one training or merge.
+    """The truth about one piece of work: a training, a merge, an export, an analysis …
 
     `epoch` is the fencing token: it rises at every claim, reap and release. A lower `priority` runs first.
+    `recipe_digest` names a result by what it is made of; an owner has at most one such job on its way.
     """
 
     __tablename__ = "jobs"
@@ -135,6 +137,9 @@ class Job(Table):
               sqlite_where=text(f"state IN {ACTIVE}")),
         Index("ix_jobs_lease_until", "lease_until", postgresql_where=text("lease_until IS NOT NULL"),
               sqlite_where=text("lease_until IS NOT NULL")),
+        Index("ix_jobs_recipe_digest", "owner_id", "recipe_digest"),
+        Index("uq_jobs_recipe_digest", "owner_id", "recipe_digest", unique=True,
+              postgresql_where=text(f"state IN {UNDER_WAY}"), sqlite_where=text(f"state IN {UNDER_WAY}")),
     )  # fmt: skip
     id: Mapped[str] = _id()
     owner_id: Mapped[str] = mapped_column(ForeignKey("users.id"))
@@ -144,6 +149,7 @@ class Job(Table):
     base_model_id: Mapped[str] = mapped_column(ForeignKey("base_models.id"))
     dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"), index=True)
     validation_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))
+    recipe_digest: Mapped[str | None] = mapped_column(String(64))
 
     state: Mapped[str] = mapped_column(String(16), default="queued")
     priority: Mapped[int] = mapped_column(Integer, default=0)
@@ -170,6 +176,7 @@ class Job(Table):
     finished_at: Mapped[float | None]
     announced_at: Mapped[float] = mapped_column(default=now())
     purged_at: Mapped[float | None]
+    parents: Mapped[list["AdapterParent"]] = relationship(order_by="AdapterParent.position")
 
 
 class JobEvent(Table):
@@ -223,8 +230,39 @@ class Adapter(Table):
     purged_at: Mapped[float | None]
 
 
+class AdapterAlias(Table):
+    """A name that an owner gives to an adapter, to be used in the place of its id."""
+
+    __tablename__ = "adapter_aliases"
+    owner_id: Mapped[str] = mapped_column(ForeignKey("users.id"), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(100), primary_key=True)
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"), index=True)
+    created_at: Mapped[float] = _created()
+
+
+class Artifact(Table):
+    """A job's result that is no adapter: the files of an export, of an analysis, of a verification."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = (UniqueConstraint("job_id"), Index("ix_artifacts_owner_id_id", "owner_id", "id"))
+    id: Mapped[str] = _id()
+    owner_id: Mapped[str] = mapped_column(ForeignKey("users.id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    base_model_id: Mapped[str] = mapped_column(ForeignKey("base_models.id"))
+    name: Mapped[str] = mapped_column(String(100))
+    kind: Mapped[str] = mapped_column(String(16))
+    epoch: Mapped[int]
+    prefix: Mapped[str] = mapped_column(Text)
+    files: Mapped[list[Any]]
+    digest: Mapped[str] = mapped_column(String(64))
+    metrics: Mapped[dict[str, Any]]
+    created_at: Mapped[float] = _created()
+    deleted_at: Mapped[float | None]
+    purged_at: Mapped[float | None]
+
+
 class AdapterParent(Table):
-    """Lineage: which adapters a merge was made of, with their weights."""
+    """Lineage: which adapters a job works on, with their weights."""
 
     __tablename__ = "adapter_parents"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)

@@ -9,123 +9,11 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel as Model
 from pydantic import ConfigDict
 
-_DATASET = {
-    "id": "dataset-019a1c3e5f7a7c2e8d41a6f0c35b9e12",
-    "object": "dataset",
-    "name": "support answers",
-    "status": "ready",
-    "bytes": 184320,
-    "rows": 412,
-    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
-    "created_at": 1793520000.25,
-}
-_JOB = {
-    "id": "job-019a1c3f02d47b31b0a7c9e41d5f6a83",
-    "object": "job",
-    "kind": "train",
-    "name": "support",
-    "status": "running",
-    "phase": "training",
-    "base_model": "smollm2-135m-instruct",
-    "dataset": _DATASET["id"],
-    "validation_dataset": None,
-    "spec": {
-        "lora": {"rank": 16, "alpha": None, "dropout": 0.0, "target_modules": "all-linear", "use_rslora": False},
-        "training": {"quantization": "nf4", "epochs": 3, "global_batch": 8, "learning_rate": 0.0002},
-    },
-    "attempt": 1,
-    "step": 42,
-    "total_steps": 156,
-    "eta_seconds": 310.5,
-    "adapter": None,
-    "metrics": None,
-    "error": None,
-    "created_at": 1793520010.5,
-    "started_at": 1793520012.0,
-    "finished_at": None,
-}
-_ADAPTER = {
-    "id": "adapter-019a1c4a77e57d0f9b12c4d8e6a5f301",
-    "object": "adapter",
-    "name": "support",
-    "kind": "train",
-    "job": _JOB["id"],
-    "base_model": "smollm2-135m-instruct",
-    "base_digest": "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae",
-    "rank": 16,
-    "files": [
-        {
-            "name": "adapter_model.safetensors",
-            "size": 9807,
-            "sha256": "fcde2b2edba56bf408601fb721fe9b5c338d10ee429ea04fae5511b68fbf8fb9",
-        }
-    ],
-    "digest": "baa5a0964d3320fbc0c6a922140453c8513ea24ab8fd0577034804a967248096",
-    "parents": [],
-    "metrics": {
-        "steps": 156,
-        "train_loss": 0.61,
-        "validation_loss_before": 2.31,
-        "validation_loss_after": 0.77,
-        "best_step": 120,
-        "best_validation_loss": 0.74,
-        "overfitting_epoch": 2.31,
-        "stopped_early": False,
-    },
-    "created_at": 1793520400.0,
-}
-_BASE_MODEL = {
-    "id": "smollm2-135m-instruct",
-    "object": "base_model",
-    "source": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "revision": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
-    "digest": _ADAPTER["base_digest"],
-    "files": _ADAPTER["files"],
-    "architecture": "LlamaForCausalLM",
-    "parameters": 134515008,
-    "context_length": 8192,
-    "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
-    "created_at": 1793510000.0,
-}
-_EVENT = {
-    "seq": 7,
-    "object": "job.event",
-    "job": _JOB["id"],
-    "type": "metrics",
-    "level": "info",
-    "message": "Step 42: loss 0.7312",
-    "data": {
-        "step": 42,
-        "epoch": 0.81,
-        "loss": 0.7312,
-        "grad_norm": 0.42,
-        "learning_rate": 0.00018,
-        "tokens_per_second": 812.5,
-        "limit_fraction": 0.61,
-        "recompute_share": 0.0,
-        "peak_bytes": 1073741824,
-    },
-    "created_at": 1793520100.0,
-}
+from service import schema_examples as shown
 
-TRAINING_EXAMPLE: dict[str, Any] = {
-    "base_model": "smollm2-135m-instruct",
-    "dataset": _DATASET["id"],
-    "name": "support",
-    "lora": {"rank": 16, "target_modules": ["q_proj", "v_proj"]},
-    "training": {"quantization": "nf4", "epochs": 3, "learning_rate": 0.0002},
-}
-MERGE_EXAMPLE: dict[str, Any] = {
-    "adapters": [
-        {"adapter": _ADAPTER["id"], "weight": 0.7},
-        {"adapter": "adapter-019a1c4b11c27ae49d3a5b8f7c6e2d40", "weight": 0.3},
-    ],
-    "name": "support and style",
-}
-DATASET_EXAMPLE = (
-    '{"messages": [{"role": "user", "content": "Where is my order?"}, '
-    '{"role": "assistant", "content": "Let me look that up for you."}]}\n'
-)
+AdapterKind = Literal["train", "merge", "search", "ingest", "extract"]
+ArtifactKind = Literal["export", "analyze", "verify"]
+JobKind = Literal[AdapterKind, ArtifactKind]
 
 
 def _with(example: dict[str, Any]) -> ConfigDict:
@@ -170,7 +58,7 @@ class File(Model):
 class Dataset(Model):
     """An uploaded JSONL file; jobs can use it once its status is ready."""
 
-    model_config = _with(_DATASET)
+    model_config = _with(shown.DATASET)
     id: str
     object: Literal["dataset"] = "dataset"
     name: str
@@ -190,15 +78,16 @@ class JobError(Model):
 
 
 class Job(Model):
-    """A training or a merge. `spec` is what was asked for, with the defaults filled in.
+    """A piece of work. `spec` is what was asked for, with the defaults filled in.
 
-    `adapter` is the result; a training that diverged keeps its last good one. `metrics` are that adapter's.
+    `adapter` or `artifact` is the result; a training that diverged keeps its last good adapter. `metrics` are the
+    result's. `step` of `total_steps` tells how far it is: steps of a training, modules or bytes of other work.
     """
 
-    model_config = _with(_JOB)
+    model_config = _with(shown.JOB)
     id: str
     object: Literal["job"] = "job"
-    kind: Literal["train", "merge"]
+    kind: JobKind
     name: str
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
     phase: str | None
@@ -211,6 +100,7 @@ class Job(Model):
     total_steps: int | None
     eta_seconds: float | None
     adapter: str | None
+    artifact: str | None
     metrics: dict[str, Any] | None
     error: JobError | None
     created_at: float
@@ -221,7 +111,7 @@ class Job(Model):
 class Event(Model):
     """One entry of a job's log; `seq` counts from 1 without gaps."""
 
-    model_config = _with(_EVENT)
+    model_config = _with(shown.EVENT)
     seq: int
     object: Literal["job.event"] = "job.event"
     job: str
@@ -235,13 +125,13 @@ class Event(Model):
 class Metrics(Model):
     """A job's measurements, one point per step; that of step 0 is the plain base model's validation loss."""
 
-    model_config = _with({"object": "list", "data": [_EVENT["data"]]})
+    model_config = _with({"object": "list", "data": [shown.EVENT["data"]]})
     object: Literal["list"] = "list"
     data: list[dict[str, Any]]
 
 
 class Parent(Model):
-    """An adapter that a merge was made of, and its weight."""
+    """An adapter that this one was made of, and its weight."""
 
     adapter: str
     weight: float
@@ -250,11 +140,11 @@ class Parent(Model):
 class Adapter(Model):
     """A job's result: standard PEFT files, each with its SHA-256. `digest` names the whole set of files."""
 
-    model_config = _with(_ADAPTER)
+    model_config = _with(shown.ADAPTER)
     id: str
     object: Literal["adapter"] = "adapter"
     name: str
-    kind: Literal["train", "merge"]
+    kind: AdapterKind
     job: str
     base_model: str
     base_digest: str
@@ -266,10 +156,43 @@ class Adapter(Model):
     created_at: float
 
 
+class Alias(Model):
+    """A name that stands for an adapter wherever its id is asked for."""
+
+    model_config = _with({"alias": "support-live", "object": "adapter.alias", "adapter": shown.ADAPTER["id"]})
+    alias: str
+    object: Literal["adapter.alias"] = "adapter.alias"
+    adapter: str
+
+
+class Aliases(Model):
+    """All aliases of the owner, by name."""
+
+    object: Literal["list"] = "list"
+    data: list[Alias]
+
+
+class Artifact(Model):
+    """A job's result that is no adapter: the files of an export, of an analysis or of a verification."""
+
+    model_config = _with(shown.ARTIFACT)
+    id: str
+    object: Literal["artifact"] = "artifact"
+    name: str
+    kind: ArtifactKind
+    job: str
+    base_model: str
+    files: list[File]
+    digest: str
+    parents: list[Parent]
+    metrics: dict[str, Any]
+    created_at: float
+
+
 class BaseModel(Model):
     """An entry of the operator's catalogue. `target_modules` are the names a LoRA can be put on."""
 
-    model_config = _with(_BASE_MODEL)
+    model_config = _with(shown.BASE_MODEL)
     id: str
     object: Literal["base_model"] = "base_model"
     source: str
@@ -310,6 +233,10 @@ class Adapters(Page):
     data: list[Adapter]
 
 
+class Artifacts(Page):
+    data: list[Artifact]
+
+
 class BaseModels(Page):
     data: list[BaseModel]
 
@@ -325,7 +252,7 @@ class Events(Model):
 
 
 class Files(Model):
-    """All files of an adapter."""
+    """All files of a result."""
 
     object: Literal["list"] = "list"
     data: list[File]
@@ -334,9 +261,9 @@ class Files(Model):
 class Deleted(Model):
     """Something that is gone."""
 
-    model_config = _with({"id": _DATASET["id"], "object": "dataset", "deleted": True})
+    model_config = _with({"id": shown.DATASET["id"], "object": "dataset", "deleted": True})
     id: str
-    object: Literal["dataset", "adapter"]
+    object: Literal["dataset", "adapter", "adapter.alias", "artifact"]
     deleted: Literal[True] = True
 
 

@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from service import datasets, leases, queue
+from service import datasets, leases, queue, scratch
 from service.db import Database, now
 from service.errors import ServiceError
-from service.models import TERMINAL, Adapter, Job, OutboxMessage
+from service.models import TERMINAL, Adapter, Artifact, Job, OutboxMessage
 from service.settings import Settings
 from service.storage import Storage
 
@@ -116,34 +116,38 @@ class Sweep:
 
     def _purge(self) -> None:
         datasets.sweep_abandoned(self._database, self._storage, self._settings)
-        purge_adapters(self._database, self._storage)
+        scratch.sweep_abandoned(self._settings)
+        purge_deleted(self._database, self._storage)
         purge_leftovers(self._database, self._storage, _FENCED_GRACE_SECONDS)
 
 
-def purge_adapters(database: Database, storage: Storage) -> None:
-    """Remove the objects of deleted adapters. No transaction is open while objects are deleted."""
-    with database.reading() as session:
-        gone = select(Adapter.id, Adapter.prefix).where(Adapter.deleted_at.is_not(None), Adapter.purged_at.is_(None))
-        rows = session.execute(gone.limit(20)).all()
-    for adapter_id, prefix in rows:
-        storage.delete_prefix(prefix)
-        with database.unit_of_work() as session:
-            session.execute(update(Adapter).where(Adapter.id == adapter_id).values(purged_at=now()))
+def purge_deleted(database: Database, storage: Storage) -> None:
+    """Remove the objects of deleted adapters and artifacts. No transaction is open while objects are deleted."""
+    for table in (Adapter, Artifact):
+        with database.reading() as session:
+            gone = select(table.id, table.prefix).where(table.deleted_at.is_not(None), table.purged_at.is_(None))
+            rows = session.execute(gone.limit(20)).all()
+        for result_id, prefix in rows:
+            storage.delete_prefix(prefix)
+            with database.unit_of_work() as session:
+                session.execute(update(table).where(table.id == result_id).values(purged_at=now()))
 
 
 def purge_leftovers(database: Database, storage: Storage, grace_seconds: float) -> None:
-    """Remove what ended jobs leave behind: checkpoints, and uploads of attempts that did not win."""
+    """Remove what ended jobs leave behind: checkpoints, files they were given, and uploads of attempts that lost."""
     with database.reading() as session:
         ended = (
-            select(Job.id, Job.epoch, Adapter.prefix)
+            select(Job.id, Job.epoch, func.coalesce(Adapter.prefix, Artifact.prefix))
             .outerjoin(Adapter, Adapter.job_id == Job.id)
+            .outerjoin(Artifact, Artifact.job_id == Job.id)
             .where(Job.state.in_(TERMINAL), Job.purged_at.is_(None), Job.finished_at < now() - grace_seconds)
         )
         rows = session.execute(ended.limit(20)).all()
     for job_id, last_epoch, kept in rows:
         storage.delete_prefix(f"jobs/{job_id}")
-        for prefix in (f"adapters/{job_id}/e{epoch}" for epoch in range(1, last_epoch + 1)):
-            if prefix != kept:
-                storage.delete_prefix(prefix)
+        for epoch in range(1, last_epoch + 1):
+            for prefix in (f"adapters/{job_id}/e{epoch}", f"artifacts/{job_id}/e{epoch}"):
+                if prefix != kept:
+                    storage.delete_prefix(prefix)
         with database.unit_of_work() as session:
             session.execute(update(Job).where(Job.id == job_id).values(purged_at=now()))

@@ -5,20 +5,31 @@ worker: the kernel kills it, and should that fail, its stdin ends.
 """
 
 import ctypes
+import errno
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from lora_engine.errors import BaseModelError, EngineError, OutOfMemory
-from worker import merging, training
+from worker import exporting, merging, training
 from worker.channel import HostChannel, News
+from worker.telling import Stopped
+from worker.warm_base import WarmBase
 
 _PR_SET_PDEATHSIG = 1
+_NO_MEMORY = "memory ran out; lower sequence_length or the rank, or use nf4"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_VERBS: dict[str, Callable[[dict[str, Any], WarmBase, HostChannel], None]] = {
+    "train": training.train,
+    "merge": merging.merge,
+    "export": exporting.export,
+}
 log = logging.getLogger(__name__)
 
 
@@ -27,18 +38,17 @@ def main() -> None:
     _die_with_parent(int(sys.argv[1]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(message)s")
     channel = HostChannel()
-    warm = training.WarmBase(device=sys.argv[2], threads=int(sys.argv[3]))
+    warm = WarmBase(device=sys.argv[2], threads=int(sys.argv[3]))
     channel.send("ready")
     while True:
         _carry_out(channel.next_order(), channel, warm)
 
 
-def _carry_out(order: News, channel: HostChannel, warm: training.WarmBase) -> None:
+def _carry_out(order: News, channel: HostChannel, warm: WarmBase) -> None:
     try:
-        if order.event == "train":
-            training.train(order.data, warm, channel)
-        else:
-            merging.merge(order.data, channel)
+        _VERBS[order.event](order.data, warm, channel)
+    except Stopped:
+        channel.send("stopped")
     except BaseModelError as error:
         # This machine's files or device are at fault; another worker may do better.
         channel.send("interrupted", code=error.code, message=error.message)
@@ -46,9 +56,13 @@ def _carry_out(order: News, channel: HostChannel, warm: training.WarmBase) -> No
         channel.send("failed", **_reason(error))
     except (MemoryError, torch.OutOfMemoryError):
         log.exception("order %s", order.event)
-        channel.send("failed", **_reason(OutOfMemory("memory ran out; lower sequence_length or the rank, or use nf4")))
+        channel.send("failed", **_reason(OutOfMemory(_NO_MEMORY if order.event == "train" else "memory ran out")))
     except (OSError, SafetensorError) as error:
         log.exception("order %s", order.event)
+        if order.event != "train" and getattr(error, "errno", None) in _FULL:
+            # A training goes on from its checkpoint once there is room; this would begin again and end here again.
+            channel.send("failed", code="disk_full", category="capacity", message="the worker's disk is full")
+            return
         channel.send("interrupted", code="io_error", message=f"{getattr(error, 'strerror', None) or error}")
     except Exception as error:
         # Nobody knows what state this process is in now; the next one starts afresh.

@@ -1,17 +1,18 @@
 """What the host is told to do: a job's row as an order, and its files in the workspace."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service import datasets, leases
+from service import adapters, datasets, leases
 from service import storage as objects
 from service.db import Database
 from service.leases import Claim
-from service.models import Adapter, AdapterParent, BaseModel, Dataset, Job
+from service.models import Adapter, BaseModel, Dataset, Job
 from service.storage import ObjectDamaged, ObjectMissing, Storage
 from worker import workspace
 
@@ -24,9 +25,7 @@ def prepare(database: Database, storage: Storage, claim: Claim, folder: Path) ->
     Raises:
         ObjectMissing, ObjectDamaged, ServiceError: a file could not be had.
     """
-    if claim.kind == "train":
-        return "train", _training(database, storage, claim, folder)
-    return "merge", _merge(database, storage, claim, folder)
+    return claim.kind, _ORDERS[claim.kind](database, storage, claim, folder)
 
 
 def _training(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:
@@ -43,24 +42,49 @@ def _training(database: Database, storage: Storage, claim: Claim, folder: Path) 
         "output": str(folder / "output"),
         **job.spec,
     }
-    pinned = {"id": base.id, "folder": base.folder, "digest": base.digest}
-    return {"spec": spec, "base": pinned, "resume": _fetch_newest_checkpoint(database, storage, claim, folder)}
+    return {"spec": spec, "base": _pinned(base), "resume": _fetch_newest_checkpoint(database, storage, claim, folder)}
 
 
 def _merge(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:
+    job, _ = _job(database, claim)
+    weighted = _fetch_sources(database, storage, claim, folder)
+    return {"spec": job.spec | {"adapters": weighted, "output": str(folder / "result")}}
+
+
+def _export(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:
+    job, base = _job(database, claim)
+    spec = {
+        "base_model": base.folder,
+        "base_model_name": base.source,
+        "adapters": _fetch_sources(database, storage, claim, folder),
+        "output": str(folder / "result"),
+        "export": job.spec["export"],
+    }
+    return {"spec": spec, "base": _pinned(base)}
+
+
+def _job(database: Database, claim: Claim) -> tuple[Job, BaseModel]:
     with database.reading() as session:
         job = session.get_one(Job, claim.job_id)
-        parents = (
-            select(Adapter, AdapterParent.weight)
-            .join(AdapterParent, AdapterParent.parent_id == Adapter.id)
-            .where(AdapterParent.job_id == claim.job_id)
-            .order_by(AdapterParent.position)
-        )
-        sources = [(adapter, weight) for adapter, weight in session.execute(parents)]
-    for adapter in {adapter.id: adapter for adapter, _ in sources}.values():
-        workspace.fetch_adapter(storage, adapter.prefix, adapter.files, folder / adapter.id)
-    weighted = [{"path": str(folder / adapter.id), "weight": weight} for adapter, weight in sources]
-    return {"spec": {"adapters": weighted, "output": str(folder / "adapter"), "method": job.spec["method"]}}
+        return job, session.get_one(BaseModel, job.base_model_id)
+
+
+def _pinned(base: BaseModel) -> dict[str, Any]:
+    return {"id": base.id, "folder": base.folder, "digest": base.digest}
+
+
+def _fetch_sources(database: Database, storage: Storage, claim: Claim, folder: Path) -> list[dict[str, Any]]:
+    """The adapters of the job's spec as the engine's specs have them: paths and weights."""
+    with database.reading() as session:
+        asked = session.get_one(Job, claim.job_id).spec["adapters"]
+        rows = session.scalars(select(Adapter).where(Adapter.id.in_({source["adapter"] for source in asked})))
+        found = {row.id: row for row in rows}
+    for adapter in found.values():
+        adapters.fetch(storage, adapter, folder / adapter.id)
+    return [
+        {"path": str(folder / source["adapter"]), "weight": source["weight"], "weights": source.get("weights", {})}
+        for source in asked
+    ]
 
 
 def _validation_dataset(session: Session, job: Job) -> Dataset | None:
@@ -86,3 +110,10 @@ def _fetch_newest_checkpoint(database: Database, storage: Storage, claim: Claim,
             continue
         return str(path)
     return None
+
+
+_ORDERS: dict[str, Callable[[Database, Storage, Claim, Path], dict[str, Any]]] = {
+    "train": _training,
+    "merge": _merge,
+    "export": _export,
+}

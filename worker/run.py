@@ -14,6 +14,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from lora_engine.base_files import digest_of
 from service import leases
 from service import storage as objects
 from service.db import Database
@@ -160,6 +161,7 @@ class _Listener:
         self._cancelling = False
         self._seconds_per_step: float | None = None
         self._total_steps = 0
+        self._began = time.monotonic()
         self.ended = False
 
     def hear(self, news: News) -> None:
@@ -170,6 +172,8 @@ class _Listener:
             case "planned":
                 self._total_steps = news.data["total_steps"]
                 self._reporter.tell(phase="training", step=news.data["step"], total_steps=self._total_steps)
+            case "progress":
+                self._progress(**news.data)
             case "evaluated":
                 self._reporter.point(_point(news.data))
             case "step":
@@ -207,6 +211,11 @@ class _Listener:
             _kill(attempt)
             self._stopped()
 
+    def _progress(self, step: int, total_steps: int) -> None:
+        """Of work that counts modules or bytes: the rest takes as long as what was done did."""
+        left = (time.monotonic() - self._began) * (total_steps - step) / step if step else None
+        self._reporter.tell(step=step, total_steps=total_steps, eta_seconds=left and round(left, 1))
+
     def _step(self, step: dict[str, Any]) -> None:
         seconds = float(step["seconds"])
         known = self._seconds_per_step
@@ -242,14 +251,16 @@ class _Listener:
         self._commit(lambda session: leases.succeed(session, claim, result))
         self.ended = True
 
-    def _upload(self, folder: str, digest: str, rank: int, metrics: dict[str, Any]) -> Result:
+    def _upload(
+        self, folder: str, metrics: dict[str, Any], rank: int | None = None, digest: str | None = None
+    ) -> Result:
+        """An adapter has a rank and the engine's digest; an artifact that of its files."""
         attempt = self._attempt
         self._reporter.tell(phase="publishing")
-        prefix = f"adapters/{attempt.claim.job_id}/e{attempt.claim.epoch}"
+        prefix = leases.result_prefix(attempt.claim, "artifact" if rank is None else "adapter")
         files = objects.put_folder(attempt.storage, prefix, Path(folder))
         return Result(
-            adapter_id=leases.new_adapter_id(), prefix=prefix, files=files, digest=digest, rank=rank,
-            metrics=_finite(metrics),
+            prefix=prefix, files=files, digest=digest or digest_of(files), rank=rank, metrics=_finite(metrics)
         )  # fmt: skip
 
     def _stopped(self) -> None:
@@ -279,9 +290,15 @@ def _point(told: dict[str, Any]) -> dict[str, Any]:
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """Null in the place of numbers that JSON, and so the database, does not have."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _finite(value)
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: finite(value) for name, value in values.items()}
 
 
 def _kill(attempt: Attempt) -> None:
@@ -291,5 +308,5 @@ def _kill(attempt: Attempt) -> None:
 
 def _why_died(code: int) -> str:
     if code == -9:
-        return "the training process was killed, most likely because the machine ran out of memory"
-    return f"the training process ended unexpectedly ({f'signal {-code}' if code < 0 else f'exit status {code}'})"
+        return "the process that computes was killed, most likely because the machine ran out of memory"
+    return f"the process that computes ended unexpectedly ({f'signal {-code}' if code < 0 else f'exit status {code}'})"

@@ -4,49 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lora_engine import adapter, adapter_header, base_files, base_model
-from lora_engine.base_model import BaseModel
-from lora_engine.config import TrainingConfig, TrainSpec, from_mapping
-from lora_engine.errors import AdapterError, BaseModelError, CheckpointError, Diverged
+from lora_engine import adapter_header
+from lora_engine.config import TrainSpec, from_mapping
+from lora_engine.errors import AdapterError, CheckpointError, Diverged
 from lora_engine.train import Training
 from worker.channel import HostChannel
-
-
-class WarmBase:
-    """The base model that was used last, kept for the next job on the same one."""
-
-    def __init__(self, device: str, threads: int) -> None:
-        self.device = device
-        if threads:
-            torch.set_num_threads(threads)
-        self._key: tuple[str, str, str] | None = None
-        self._base: BaseModel | None = None
-
-    def get(self, base: dict[str, Any], training: TrainingConfig, channel: HostChannel) -> BaseModel:
-        """The base model, loaded unless it is here already.
-
-        Raises:
-            BaseModelError: the folder's files are not the ones the catalogue pinned.
-        """
-        key = (base["digest"], training.quantization, training.compute_dtype)
-        if self._key != key or self._base is None:
-            self._key = self._base = None  # free the old one before the new one needs the room
-            channel.send("phase", phase="verifying base model")
-            folder = Path(base["folder"])
-            if base_files.digest(folder) != base["digest"]:
-                raise BaseModelError(f"the files of base model {base['id']} are not those that the catalogue pinned")
-            channel.send("phase", phase="loading base model")
-            self._base = base_model.load(
-                folder,
-                quantization=training.quantization,
-                compute_dtype=training.compute_dtype,
-                device=self.device,
-                digest=base["digest"],
-            )
-            self._key = key
-        return self._base
+from worker.warm_base import WarmBase
 
 
 def _resume(training: Training, folder: Path, channel: HostChannel) -> None:
@@ -75,7 +38,7 @@ def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
             return
         channel.send("phase", phase="writing adapter")
         metrics = training.finish()
-    channel.send("finished", **_result(Path(spec.output) / "adapter", metrics))
+    channel.send("finished", **adapter_result(Path(spec.output) / "adapter", metrics))
 
 
 def _make_steps(training: Training, channel: HostChannel) -> bool:
@@ -101,10 +64,10 @@ def _diverged(error: Diverged, training: Training, channel: HostChannel) -> None
     except AdapterError:
         raise error from None
     reason = {"code": error.code, "category": error.category, "message": error.message}
-    channel.send("failed", **reason, adapter=_result(Path(training.spec.output) / "adapter", metrics))
+    channel.send("failed", **reason, adapter=adapter_result(Path(training.spec.output) / "adapter", metrics))
 
 
-def _result(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+def adapter_result(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """An adapter as written: its rank is the largest of its modules'."""
-    rank = adapter_header.inspect(folder).settings.rank
-    return {"folder": str(folder), "digest": adapter.digest(folder), "rank": rank, "metrics": metrics}
+    rank = max(module.rank for module in adapter_header.inspect(folder).modules.values())
+    return {"folder": str(folder), "digest": adapter_header.digest(folder), "rank": rank, "metrics": metrics}

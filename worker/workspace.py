@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from service import storage as objects
 from service.leases import Claim
@@ -50,12 +49,6 @@ def remove_abandoned(root: Path) -> list[str]:
         finally:
             os.close(descriptor)
     return removed
-
-
-def fetch_adapter(storage: Storage, prefix: str, files: list[dict[str, Any]], folder: Path) -> None:
-    """Raises ObjectMissing, ObjectDamaged."""
-    for file in files:
-        objects.fetch(storage, f"{prefix}/{file['name']}", folder / file["name"], file["sha256"])
 
 
 def put_checkpoint(storage: Storage, claim: Claim, step: int, folder: Path) -> tuple[str, str]:

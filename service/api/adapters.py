@@ -1,69 +1,38 @@
-"""/adapters"""
+"""/adapters: results, their files and their certificates."""
 
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 
-from service import adapters, base_models, jobs, schemas
-from service.api.download import StoredFile, send_archive, send_file
+from service import adapters, base_models, schemas
+from service.api.download import send_all, send_named
 from service.api.errors import documented
-from service.api.jobs import submitted
-from service.api.request import (
-    After,
-    Caller,
-    IdempotencyHeader,
-    Inside,
-    JsonBody,
-    Limit,
-    Parts,
-    body_schema,
-    idempotency,
-    parse,
-)
-from service.errors import NotFound
+from service.api.request import After, Caller, Inside, Limit, Parts
 from service.models import Adapter
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
-_MEDIA_TYPES = {".json": "application/json", ".md": "text/markdown; charset=utf-8"}
-
-
-@router.post(
-    "/merge",
-    status_code=202,
-    summary="Merge adapters",
-    responses=documented(400, 404, 409, 413, 415, 422),
-    openapi_extra=body_schema(jobs.MergeRequest, schemas.MERGE_EXAMPLE),
-)
-def merge_adapters(
-    caller: Caller, parts: Inside, body: JsonBody, response: Response, key: IdempotencyHeader = None
-) -> schemas.Job:
-    """Queue a job that makes one adapter of several on the same base model; its result is an adapter like any other."""
-    request = parse(jobs.MergeRequest, body)
-    with parts.database.unit_of_work() as session:
-        result = jobs.submit_merge(session, caller.user_id, request, idempotency(body, key))
-        return submitted(session, result, response)
 
 
 @router.get("", summary="List adapters", responses=documented(422))
 def list_adapters(caller: Caller, parts: Inside, after: After = None, limit: Limit = 20) -> schemas.Adapters:
     with parts.database.reading() as session:
         rows, more = adapters.page(session, caller.user_id, after, limit)
-        return schemas.Adapters.of(_adapters(session, rows), more)
+        return schemas.Adapters.of(adapter_objects(session, rows), more)
 
 
 @router.get("/{adapter_id}", summary="Get an adapter", responses=documented(404))
 def get_adapter(caller: Caller, parts: Inside, adapter_id: str) -> schemas.Adapter:
     with parts.database.reading() as session:
-        return _adapters(session, [adapters.get(session, caller.user_id, adapter_id)])[0]
+        return adapter_objects(session, [adapters.get(session, caller.user_id, adapter_id)])[0]
 
 
 @router.delete("/{adapter_id}", summary="Delete an adapter", responses=documented(404, 409))
 def delete_adapter(caller: Caller, parts: Inside, adapter_id: str) -> schemas.Deleted:
-    """Refused while a merge that has not ended uses it. Adapters that were merged from it stay."""
+    """Refused while a job that has not ended uses it. What was made from it stays; its aliases go."""
     with parts.database.unit_of_work() as session:
-        adapters.delete(session, caller.user_id, adapter_id)
-    return schemas.Deleted(id=adapter_id, object="adapter")
+        deleted = adapters.delete(session, caller.user_id, adapter_id)
+    return schemas.Deleted(id=deleted, object="adapter")
 
 
 @router.get("/{adapter_id}/files", summary="List an adapter's files", responses=documented(404))
@@ -81,12 +50,7 @@ def list_files(caller: Caller, parts: Inside, adapter_id: str) -> schemas.Files:
 )
 def get_file(request: Request, caller: Caller, parts: Inside, adapter_id: str, name: str) -> Response:
     """Its ETag is its SHA-256. Ranges and conditional requests work as RFC 9110 has them."""
-    _, files = _stored(parts, caller.user_id, adapter_id)
-    for file in files:
-        if file.name == name:
-            suffix = name[name.rfind(".") :]
-            return send_file(request, parts.storage, file, _MEDIA_TYPES.get(suffix, "application/octet-stream"))
-    raise NotFound(f"{adapter_id} has no file {name[:80]!r}")
+    return send_named(request, parts.storage, _get(parts, caller.user_id, adapter_id), name)
 
 
 @router.head("/{adapter_id}/archive", include_in_schema=False)
@@ -98,17 +62,30 @@ def get_file(request: Request, caller: Caller, parts: Inside, adapter_id: str, n
 )
 def get_archive(request: Request, caller: Caller, parts: Inside, adapter_id: str) -> Response:
     """An uncompressed tar with one folder, made while it is sent; the same bytes every time."""
-    adapter, files = _stored(parts, caller.user_id, adapter_id)
-    return send_archive(request, parts.storage, adapter.id, files, adapter.digest)
+    return send_all(request, parts.storage, _get(parts, caller.user_id, adapter_id))
 
 
-def _stored(parts: Parts, owner_id: str, adapter_id: str) -> tuple[Adapter, list[StoredFile]]:
+@router.get(
+    "/{adapter_id}/certificate",
+    summary="An adapter's certificate",
+    response_class=Response,
+    responses=documented(404) | {200: {"content": {"application/json": {}}}},
+)
+def get_certificate(request: Request, caller: Caller, parts: Inside, adapter_id: str) -> Response:
+    """How far a merge is from the exact weighted sum, or what was changed when an adapter was taken in: by module and
+    in all, with the rounding of the type and the ranks before and after. 404 for what was only trained."""
+    row = _get(parts, caller.user_id, adapter_id)
+    name = "ingest.json" if row.kind == "ingest" else "certificate.json"
+    return send_named(request, parts.storage, row, name)
+
+
+def _get(parts: Parts, owner_id: str, adapter_id: str) -> Adapter:
     with parts.database.reading() as session:
-        row = adapters.get(session, owner_id, adapter_id)
-    return row, [StoredFile(f["name"], f"{row.prefix}/{f['name']}", f["size"], f["sha256"]) for f in row.files]
+        return adapters.get(session, owner_id, adapter_id)
 
 
-def _adapters(session: Session, rows: Sequence[Adapter]) -> list[schemas.Adapter]:
+def adapter_objects(session: Session, rows: Sequence[Adapter]) -> list[schemas.Adapter]:
+    """The rows as the wire has them."""
     parents = adapters.parents(session, {row.job_id for row in rows})
     digests = base_models.digests(session, {row.base_model_id for row in rows})
     return [

@@ -5,7 +5,7 @@ from typing import Annotated
 import anyio
 from fastapi import APIRouter, Query, Request, Response
 
-from service import datasets, schemas
+from service import datasets, schema_examples, schemas
 from service.api.download import StoredFile, send_file
 from service.api.errors import documented
 from service.api.form import Form
@@ -28,9 +28,9 @@ _BODY = {
                     "required": ["file"],
                     "properties": {"file": _FILE, "name": {"type": "string", "maxLength": 100}},
                 },
-                "example": {"file": schemas.DATASET_EXAMPLE, "name": "support answers"},
+                "example": {"file": schema_examples.DATASET_LINE, "name": "support answers"},
             },
-            "application/jsonl": {"schema": {"type": "string"}, "example": schemas.DATASET_EXAMPLE},
+            "application/jsonl": {"schema": {"type": "string"}, "example": schema_examples.DATASET_LINE},
         },
     }
 }

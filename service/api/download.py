@@ -10,7 +10,8 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from service.api.errors import answer
-from service.errors import ServiceError
+from service.errors import NotFound, ServiceError
+from service.models import Adapter, Artifact
 from service.storage import ObjectDamaged, Storage
 
 _BLOCK = 512
@@ -27,8 +28,27 @@ class StoredFile:
     sha256: str
 
 
+_MEDIA_TYPES = {
+    ".json": "application/json", ".md": "text/markdown; charset=utf-8", ".svg": "image/svg+xml", ".png": "image/png",
+}  # fmt: skip
+
+
 class RangeNotSatisfiable(ServiceError):
     status, code, category = 416, "range_not_satisfiable", "user"
+
+
+def send_named(request: Request, storage: Storage, row: Adapter | Artifact, name: str) -> Response:
+    """One of a result's files. Raises NotFound for any other name."""
+    for file in _stored(row):
+        if file.name == name:
+            suffix = name[name.rfind(".") :]
+            return send_file(request, storage, file, _MEDIA_TYPES.get(suffix, "application/octet-stream"))
+    raise NotFound(f"{row.id} has no file {name[:80]!r}")
+
+
+def send_all(request: Request, storage: Storage, row: Adapter | Artifact) -> Response:
+    """A result's files as one tar."""
+    return send_archive(request, storage, row.id, _stored(row), row.digest)
 
 
 def send_file(request: Request, storage: Storage, file: StoredFile, media_type: str) -> Response:
@@ -82,6 +102,10 @@ def verified(chunks: Iterator[bytes], file: StoredFile) -> Iterator[bytes]:
     if digest.hexdigest() != file.sha256:
         raise ObjectDamaged(file.key)
     yield held
+
+
+def _stored(row: Adapter | Artifact) -> list[StoredFile]:
+    return [StoredFile(f["name"], f"{row.prefix}/{f['name']}", f["size"], f["sha256"]) for f in row.files]
 
 
 def _headers(filename: str, etag: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from lora_engine import curves
-from service import adapters, events, jobs, schemas
+from service import adapters, artifacts, events, jobs, schema_examples, schemas
 from service.api.errors import documented
 from service.api.event_stream import event, open_stream, resume_after
 from service.api.request import (
@@ -25,7 +25,7 @@ from service.api.request import (
     idempotency,
     parse,
 )
-from service.models import ACTIVE, Adapter, Job
+from service.models import ACTIVE, Adapter, Artifact, Job
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -36,7 +36,7 @@ Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
     status_code=201,
     summary="Train an adapter",
     responses=documented(400, 404, 409, 413, 415, 422),
-    openapi_extra=body_schema(jobs.TrainingRequest, schemas.TRAINING_EXAMPLE),
+    openapi_extra=body_schema(jobs.TrainingRequest, schema_examples.TRAINING),
 )
 def create_job(
     caller: Caller, parts: Inside, body: JsonBody, response: Response, key: IdempotencyHeader = None
@@ -54,26 +54,26 @@ def list_jobs(
     parts: Inside,
     after: After = None,
     limit: Limit = 20,
-    kind: Literal["train", "merge"] | None = None,
+    kind: schemas.JobKind | None = None,
     status: Status | None = None,
 ) -> schemas.Jobs:
     states = None if status is None else ACTIVE if status == "running" else (status,)
     with parts.database.reading() as session:
         rows, more = jobs.page(session, caller.user_id, after, limit, kind=kind, states=states)
-        return schemas.Jobs.of(_jobs(session, rows), more)
+        return schemas.Jobs.of(job_objects(session, rows), more)
 
 
 @router.get("/{job_id}", summary="Get a job", responses=documented(404))
 def get_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
     with parts.database.reading() as session:
-        return _jobs(session, [jobs.get(session, caller.user_id, job_id)])[0]
+        return job_objects(session, [jobs.get(session, caller.user_id, job_id)])[0]
 
 
 @router.post("/{job_id}/cancel", status_code=202, summary="Cancel a job", responses=documented(404, 409))
 def cancel_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
     """A queued job ends at once, a running one between two steps; neither can succeed any more."""
     with parts.database.unit_of_work() as session:
-        return _jobs(session, [jobs.cancel(session, caller.user_id, job_id)])[0]
+        return job_objects(session, [jobs.cancel(session, caller.user_id, job_id)])[0]
 
 
 @router.get(
@@ -143,15 +143,18 @@ def submitted(session: Session, result: tuple[Job, bool], response: Response) ->
     if not created:
         response.headers["Idempotent-Replayed"] = "true"
     session.refresh(job)
-    return _jobs(session, [job])[0]
+    return job_objects(session, [job])[0]
 
 
-def _jobs(session: Session, rows: Sequence[Job]) -> list[schemas.Job]:
-    results = adapters.of_jobs(session, {row.id for row in rows})
-    return [_job(row, results.get(row.id)) for row in rows]
+def job_objects(session: Session, rows: Sequence[Job]) -> list[schemas.Job]:
+    """The rows as the wire has them."""
+    ids = {row.id for row in rows}
+    made, left = adapters.of_jobs(session, ids), artifacts.of_jobs(session, ids)
+    return [_job(row, made.get(row.id), left.get(row.id)) for row in rows]
 
 
-def _job(row: Job, adapter: Adapter | None) -> schemas.Job:
+def _job(row: Job, adapter: Adapter | None, artifact: Artifact | None) -> schemas.Job:
+    result = adapter or artifact
     error = None
     if row.error_code is not None:
         error = schemas.JobError(
@@ -172,7 +175,8 @@ def _job(row: Job, adapter: Adapter | None) -> schemas.Job:
         total_steps=row.total_steps,
         eta_seconds=row.eta_seconds,
         adapter=adapter.id if adapter is not None and adapter.deleted_at is None else None,
-        metrics=adapter.metrics if adapter is not None else None,
+        artifact=artifact.id if artifact is not None and artifact.deleted_at is None else None,
+        metrics=result.metrics if result is not None else None,
         error=error,
         created_at=row.created_at,
         started_at=row.started_at,

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from lora_engine.base_files import digest_of
 from service import jobs, leases, users
 from service.app import create_app
 from service.db import Database
@@ -22,6 +23,7 @@ from service.settings import Settings
 from service.storage import Storage, put_folder
 from tests.servers import answers, free_port, start, stop, wait_until
 from tests.service import rows
+from tests.service.adapter_files import make_adapter
 
 LINE = b'{"prompt": "2 + 2 =", "completion": " 4"}\n'
 FILES = {
@@ -74,22 +76,25 @@ class Site:
             leases.start(session, claim)
         return claim
 
-    def succeed(self, folder: Path, files: Mapping[str, bytes] = FILES) -> str:
-        """What a worker does: run the next job to its end. Returns the adapter's id."""
+    def adapter(self, folder: Path, files: Mapping[str, bytes] | None = None, user: str = "ann") -> str:
+        """A trained adapter; returns its id."""
+        self.train(user)
+        return self.succeed(folder, files or make_adapter())
+
+    def succeed(self, folder: Path, files: Mapping[str, bytes] = FILES, rank: int | None = 8) -> str:
+        """What a worker does: run the next job to its end, with an artifact if there is no rank. Returns its id."""
         claim = self.claim()
         source = folder / claim.job_id
         source.mkdir()
         for name, content in files.items():
             (source / name).write_bytes(content)
-        prefix = f"adapters/{claim.job_id}/e{claim.epoch}"
+        prefix = leases.result_prefix(claim, "artifact" if rank is None else "adapter")
         stored = put_folder(self.storage, prefix, source)
-        adapter_id = leases.new_adapter_id()
+        digest = digest_of(stored)
+        result = leases.Result(prefix=prefix, files=stored, digest=digest, rank=rank, metrics={"train_loss": 0.5})
         with self.database.unit_of_work() as session:
-            result = leases.Result(
-                adapter_id=adapter_id, prefix=prefix, files=stored, digest="d" * 64, rank=8, metrics={"train_loss": 0.5}
-            )
             leases.succeed(session, claim, result)
-        return adapter_id
+        return result.id
 
 
 @contextmanager

@@ -7,14 +7,13 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from lora_engine.config import LoraConfig, from_mapping
-from lora_engine.errors import SpecError
+from lora_engine.config import LoraConfig
 from service import jobs, leases
 from service.db import Database
 from service.errors import Conflict, Invalid, NotFound
-from service.jobs import Idempotency, MergeRequest, TrainingRequest
+from service.jobs import Idempotency, TrainingRequest
 from service.leases import Fenced
-from service.models import Adapter, AdapterParent, Job, OutboxMessage, new_id
+from service.models import Adapter, Job, OutboxMessage, new_id
 from tests.service import rows
 
 
@@ -158,7 +157,7 @@ def test_cancel_racing_publish_has_one_winner(database: Database, owner: str) ->
             jobs.cancel(session, owner, claim.job_id)
 
         def publish(session: Session, claim: leases.Claim = claim) -> None:
-            result = leases.Result(adapter_id=new_id("adapter"), prefix="p", files=[], digest="d", rank=1, metrics={})
+            result = leases.Result(prefix="p", files=[], digest="d", rank=1, metrics={})
             leases.succeed(session, claim, result)
 
         def attempt(act: Any, start: threading.Barrier = start, answers: dict[str, bool] = answers) -> None:
@@ -182,45 +181,3 @@ def test_cancel_racing_publish_has_one_winner(database: Database, owner: str) ->
         assert (state, len(adapters)) == (("succeeded", 1) if answers["publish"] else ("cancelling", 0))
         outcomes.add(state)
     assert outcomes <= {"succeeded", "cancelling"}
-
-
-def test_a_merge_records_its_parents(database: Database, owner: str) -> None:
-    first, second = add_adapter(database, owner), add_adapter(database, owner)
-    asked = from_mapping(MergeRequest, {"adapters": [{"adapter": second, "weight": -0.5}, {"adapter": first}]})
-    with database.unit_of_work() as session:
-        job, _ = jobs.submit_merge(session, owner, asked)
-    with database.reading() as session:
-        parents = session.scalars(select(AdapterParent).order_by(AdapterParent.position)).all()
-    assert [(parent.parent_id, parent.weight) for parent in parents] == [(second, -0.5), (first, 1.0)]
-    assert (job.kind, job.spec["method"]) == ("merge", "stack")
-
-
-def test_a_merge_needs_adapters_of_ones_own_and_of_one_base(database: Database, owner: str) -> None:
-    mine = add_adapter(database, owner)
-    theirs = add_adapter(database, rows.add_user(database, "eve"))
-    elsewhere = add_adapter(database, owner, "another-base")
-    for other, kind in ((theirs, NotFound), ("adapter-0", NotFound), (elsewhere, Conflict)):
-        asked = from_mapping(MergeRequest, {"adapters": [{"adapter": mine}, {"adapter": other}]})
-        with pytest.raises(kind), database.unit_of_work() as session:
-            jobs.submit_merge(session, owner, asked)
-    with database.reading() as session:
-        assert session.scalar(select(func.count()).select_from(Job).where(Job.kind == "merge")) == 0
-        assert session.scalar(select(func.count()).select_from(AdapterParent)) == 0
-
-
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        ({"adapters": []}, "adapters"),
-        ({"adapters": [{"adapter": "a"}] * 65}, "adapters"),
-        ({"adapters": [{"adapter": "a", "weight": 0}]}, "adapters"),
-        ({"adapters": [{"adapter": "a", "weight": 1e9}]}, "adapters[0].weight"),
-        ({"adapters": [{"adapter": "a"}], "method": "ties"}, "method"),
-        ({"adapters": [{"adapter": "a"}], "name": "<b>"}, "name"),
-        ({"adapters": [{"adapter": "a"}], "owner_id": "me"}, "owner_id"),
-    ],
-)
-def test_an_impossible_merge_names_its_field(body: dict[str, Any], field: str) -> None:
-    with pytest.raises(SpecError) as refused:
-        from_mapping(MergeRequest, body)
-    assert refused.value.field == field

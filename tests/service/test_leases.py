@@ -47,7 +47,6 @@ def reap(database: Database) -> list[str]:
 
 def result(**metrics: Any) -> Result:
     return Result(
-        adapter_id=leases.new_adapter_id(),
         prefix="adapters/x/e1",
         files=[{"name": "a", "size": 1, "sha256": "0" * 64}],
         digest="d" * 64,
@@ -220,7 +219,7 @@ def test_a_failure_may_leave_an_adapter(database: Database) -> None:
             leases.fail(session, claim, "diverged", "user", "lower the rate", left)
     with database.reading() as session:
         adapter = session.scalars(select(Adapter)).one()
-    assert (adapter.id, adapter.job_id, adapter.metrics["best_step"]) == (left.adapter_id, job_id, 3)
+    assert (adapter.id, adapter.job_id, adapter.metrics["best_step"]) == (left.id, job_id, 3)
     assert job_of(database, job_id).state == "failed"
     assert told(database, job_id)[-2:] == ["The last good adapter was kept", "Failed: lower the rate"]
 

@@ -143,7 +143,7 @@ def test_objects_of_deleted_adapters_and_of_ended_jobs_go(
         claim = leases.claim(session, "w", "cpu:1", 60)
         assert claim is not None
         leases.start(session, claim)
-        result = leases.Result(adapter_id="adapter-1", prefix=prefix, files=[], digest="d", rank=1, metrics={})
+        result = leases.Result(id="adapter-1", prefix=prefix, files=[], digest="d", rank=1, metrics={})
         leases.succeed(session, claim, result)
     sweep.purge_leftovers(sqlite_database, local, grace_seconds=60)
     assert len(list(local.keys("jobs"))) == 1
@@ -152,7 +152,7 @@ def test_objects_of_deleted_adapters_and_of_ended_jobs_go(
     assert list(local.keys("adapters")) == [f"{prefix}/whole"]
     with sqlite_database.unit_of_work() as session:
         session.execute(update(Adapter).values(deleted_at=now()))
-    sweep.purge_adapters(sqlite_database, local)
+    sweep.purge_deleted(sqlite_database, local)
     assert list(local.keys("adapters")) == []
     with sqlite_database.reading() as session:
         assert session.scalar(select(Adapter.purged_at)) is not None

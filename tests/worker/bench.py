@@ -12,9 +12,10 @@ from sqlalchemy import select
 import migrations
 from lora_engine.base_files import file_list
 from lora_engine.config import from_mapping
-from service import base_models, datasets, jobs
+from service import base_models, datasets, jobs, merges
 from service.db import Database
-from service.jobs import MergeRequest, TrainingRequest
+from service.jobs import TrainingRequest
+from service.merges import MergeRequest
 from service.models import Adapter, Checkpoint, Job, JobEvent
 from service.settings import Settings
 from service.storage import open_storage
@@ -31,7 +32,7 @@ class Bench:
     def __init__(self, folder: Path, model: Path, examples: bytes, url: str | None = None) -> None:
         self.settings = Settings(
             data_dir=folder / "data", database_url=url or "", threads=1, device="cpu", poll_seconds=3600,
-            heartbeat_seconds=0.2, lease_seconds=30, cancel_grace_seconds=10,
+            heartbeat_seconds=0.2, lease_seconds=30, cancel_grace_seconds=10, max_merge_in_request_bytes=0,
         )  # fmt: skip
         self.settings.data_dir.mkdir()
         migrations.upgrade(self.settings.database_url)
@@ -63,10 +64,11 @@ class Bench:
         with self.database.unit_of_work() as session:
             return jobs.submit_training(session, self.owner, request)[0].id
 
-    def merge(self, *sources: tuple[str, float]) -> str:
-        body = {"adapters": [{"adapter": adapter, "weight": weight} for adapter, weight in sources]}
-        with self.database.unit_of_work() as session:
-            return jobs.submit_merge(session, self.owner, from_mapping(MergeRequest, body))[0].id
+    def merge(self, *sources: tuple[str, float], **fields: Any) -> str:
+        """The job of a merge that is left to the worker."""
+        body = {"adapters": [{"adapter": adapter, "weight": weight} for adapter, weight in sources], **fields}
+        request = from_mapping(MergeRequest, body)
+        return merges.merge(self.database, self.storage, self.settings, self.owner, request).job.id
 
     def run(self) -> None:
         self.supervisor.work()

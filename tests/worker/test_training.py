@@ -17,6 +17,7 @@ from worker import training
 from worker.channel import HostChannel, News, decode, encode
 from worker.progress import Reporter
 from worker.run import Attempt, _Listener
+from worker.warm_base import WarmBase
 
 
 class Told:
@@ -39,7 +40,7 @@ def train(folder: Path, model: Path, examples: bytes, **changes: Any) -> list[Ne
     }  # fmt: skip
     base = {"id": "tiny", "folder": str(model), "digest": base_files.digest(model)}
     told = Told()
-    warm = training.WarmBase(device="cpu", threads=0)
+    warm = WarmBase(device="cpu", threads=0)
     training.train({"spec": spec, "base": base, "resume": None}, warm, cast(HostChannel, told))
     return told.news
 

@@ -1,10 +1,9 @@
-"""/adapters: what jobs leave, downloaded whole, in parts and as one archive; and merged."""
+"""/adapters: what jobs leave, downloaded whole, in parts and as one archive."""
 
 import hashlib
 import io
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -63,57 +62,6 @@ def test_a_deleted_adapter_is_gone(site: Site, adapter: str) -> None:
         assert site.ann.get(f"/adapters/{adapter}{path}").status_code == 404
     assert site.ann.delete(f"/adapters/{adapter}").status_code == 404
     assert site.ann.get("/adapters").json()["data"] == []
-
-
-def test_a_merge_becomes_an_adapter_with_parents(site: Site, adapter: str, tmp_path: Path) -> None:
-    asked = {"adapters": [{"adapter": adapter, "weight": 0.7}, {"adapter": adapter, "weight": -0.2}], "name": "both"}
-    answer = site.ann.post("/adapters/merge", json=asked, headers={"Idempotency-Key": "once"})
-    job = answer.json()
-    assert (answer.status_code, job["kind"], job["status"], job["dataset"]) == (202, "merge", "queued", None)
-    assert job["spec"] == {"method": "stack", "adapters": asked["adapters"]}
-    again = site.ann.post("/adapters/merge", json=asked, headers={"Idempotency-Key": "once"})
-    assert (again.status_code, again.json()["id"]) == (202, job["id"])
-    in_use = site.ann.delete(f"/adapters/{adapter}")
-    assert (in_use.status_code, in_use.json()["error"]["code"]) == (409, "in_use")
-    merged = site.ann.get(f"/adapters/{site.succeed(tmp_path)}").json()
-    assert (merged["kind"], merged["name"], merged["parents"]) == ("merge", "both", asked["adapters"])
-    assert site.ann.delete(f"/adapters/{adapter}").status_code == 200
-    assert site.ann.get(f"/adapters/{merged['id']}").json()["parents"] == asked["adapters"]
-
-
-MERGES: list[tuple[Any, int, str | None]] = [
-    ({}, 422, "adapters"),
-    ({"adapters": []}, 422, "adapters"),
-    ({"adapters": "adapter-1"}, 422, "adapters"),
-    ({"adapters": [{"adapter": "adapter-1", "weight": "1"}]}, 422, "adapters[0].weight"),
-    ({"adapters": [{"adapter": "adapter-1", "weight": 1e5}]}, 422, "adapters[0].weight"),
-    ({"adapters": [{"adapter": "adapter-1", "weight": 0}]}, 422, "adapters"),
-    ({"adapters": [{"adapter": "adapter-1", "path": "/etc"}]}, 422, "adapters[0].path"),
-    ({"adapters": [{"adapter": "adapter-1"}] * 65}, 422, "adapters"),
-    ({"adapters": [{"adapter": "adapter-1"}], "method": "ties"}, 422, "method"),
-    ({"adapters": [{"adapter": "adapter-1"}], "output": "/etc"}, 422, "output"),
-    ({"adapters": [{"adapter": "../x"}]}, 404, None),
-]
-
-
-@pytest.mark.parametrize(("body", "status", "param"), MERGES)
-def test_a_merge_that_cannot_be_is_refused_by_field(
-    shared_site: Site, body: Any, status: int, param: str | None
-) -> None:
-    answer = shared_site.ann.post("/adapters/merge", json=body)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
-
-
-def test_a_merge_across_base_models_is_refused(site: Site, adapter: str, tmp_path: Path) -> None:
-    from service.models import Adapter
-
-    rows.add_base_model(site.database, "other")
-    site.train()
-    other = site.succeed(tmp_path)
-    with site.database.unit_of_work() as session:
-        session.get_one(Adapter, other).base_model_id = "other"
-    answer = site.ann.post("/adapters/merge", json={"adapters": [{"adapter": adapter}, {"adapter": other}]})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (409, "adapters")
 
 
 def test_a_file_comes_with_its_hash_as_etag(shared_site: Site, shared_adapter: str) -> None:

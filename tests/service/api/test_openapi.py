@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 from lora_engine.config import from_mapping
-from service import schemas
+from service import schema_examples, schemas
+from service.adapter_jobs import ExportRequest, SearchRequest
 from service.app import create_app
-from service.jobs import MergeRequest, TrainingRequest
+from service.jobs import TrainingRequest
+from service.merges import MergeRequest
 from service.settings import Settings
 
 
@@ -33,7 +35,12 @@ def test_every_route_is_there(document: dict[str, Any]) -> None:
         "GET /jobs/{job_id}/metrics", "GET /jobs/{job_id}/curves.svg",
         "GET /adapters", "POST /adapters/merge", "GET /adapters/{adapter_id}", "DELETE /adapters/{adapter_id}",
         "GET /adapters/{adapter_id}/files", "GET /adapters/{adapter_id}/files/{name}",
-        "GET /adapters/{adapter_id}/archive",
+        "GET /adapters/{adapter_id}/archive", "GET /adapters/{adapter_id}/certificate",
+        "GET /adapters/aliases", "PUT /adapters/aliases/{alias}", "DELETE /adapters/aliases/{alias}",
+        "POST /adapters/search-weights", "POST /adapters/{adapter_id}/export", "POST /adapters/{adapter_id}/verify",
+        "GET /artifacts", "GET /artifacts/{artifact_id}", "DELETE /artifacts/{artifact_id}",
+        "GET /artifacts/{artifact_id}/files", "GET /artifacts/{artifact_id}/files/{name}",
+        "GET /artifacts/{artifact_id}/archive",
         "GET /base-models", "GET /base-models/{base_model_id}",
     }  # fmt: skip
 
@@ -58,7 +65,7 @@ def test_every_operation_says_what_it_does_and_how_it_fails(document: dict[str, 
 def test_every_body_and_every_object_has_an_example(document: dict[str, Any]) -> None:
     known = document["components"]["schemas"]
     for name, operation in operations(document):
-        if name.startswith("POST") and not name.endswith("/cancel"):
+        if name.startswith(("POST", "PUT")) and not name.endswith(("/cancel", "/verify")):
             for content in operation["requestBody"]["content"].values():
                 assert content["example"], name
         for status, response in operation["responses"].items():
@@ -71,9 +78,11 @@ def test_every_body_and_every_object_has_an_example(document: dict[str, Any]) ->
 
 
 def test_examples_are_what_they_illustrate() -> None:
-    assert from_mapping(TrainingRequest, schemas.TRAINING_EXAMPLE).lora.rank == 16
-    assert len(from_mapping(MergeRequest, schemas.MERGE_EXAMPLE).adapters) == 2
-    for model in (schemas.Dataset, schemas.Job, schemas.Event, schemas.Adapter, schemas.BaseModel):
+    assert from_mapping(TrainingRequest, schema_examples.TRAINING).lora.rank == 16
+    assert len(from_mapping(MergeRequest, schema_examples.MERGE).adapters) == 2
+    assert from_mapping(ExportRequest, schema_examples.EXPORT).format == "gguf-merged"
+    assert from_mapping(SearchRequest, schema_examples.SEARCH).per == "layer"
+    for model in (schemas.Dataset, schemas.Job, schemas.Event, schemas.Adapter, schemas.Artifact, schemas.BaseModel):
         extra: Any = model.model_config["json_schema_extra"]
         (example,) = extra["examples"]
         assert model.model_validate(example).model_dump() == example

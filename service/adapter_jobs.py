@@ -1,0 +1,158 @@
+"""Work on adapters that is done by workers: exports, searches for weights, verifications. Merges are in `merges`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from sqlalchemy.orm import Session
+
+from lora_engine.errors import SpecError
+from lora_engine.exporting.config import ExportConfig
+from lora_engine.fields import bounded, bounded_values, to_mapping
+from lora_engine.merging.config import MAX_WEIGHT
+from lora_engine.weight_search_config import SearchConfig
+from service import adapters, datasets, jobs, sources
+from service.errors import Invalid
+from service.jobs import Idempotency
+from service.models import Adapter, AdapterParent, Job
+from service.sources import Source
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest(ExportConfig):
+    """The body of ``POST /adapters/{id}/export``: into which format (`ExportConfig`), and with which weight.
+
+    Attributes:
+        weight: of every module of the adapter that `weights` does not name.
+        weights: of the modules so named.
+        others: adapters on the same base model that are added up with it, exactly.
+        name: of the job and of its artifact.
+    """
+
+    weight: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    others: Sequence[Source] = ()
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounded(self, "weight", -MAX_WEIGHT, MAX_WEIGHT)
+        bounded_values(self, "weights", -MAX_WEIGHT, MAX_WEIGHT)
+        jobs.check_name(self.name)
+        if len(self.others) >= sources.MAX_SOURCES:
+            raise SpecError(f"others: expected fewer than {sources.MAX_SOURCES} adapters", field="others")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest(SearchConfig):
+    """The body of ``POST /adapters/search-weights``: how to search (`SearchConfig`), and what for.
+
+    Attributes:
+        adapters: ids or aliases of the adapters whose weights are wanted, all on one base model, none of them twice.
+        dataset: an id of a ready dataset of the owner, with examples of the task that the stack is wanted for.
+        name: of the job and of its adapter.
+    """
+
+    adapters: Sequence[str]
+    dataset: str
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sources.check([Source(adapter=adapter) for adapter in self.adapters])
+        jobs.check_name(self.name)
+
+
+def submit_export(
+    session: Session, owner_id: str, adapter_id: str, request: ExportRequest, idempotency: Idempotency | None = None
+) -> tuple[Job, bool]:
+    """Queue an export. Returns the job and whether it is new.
+
+    Raises:
+        NotFound, Conflict: an adapter is not the owner's, or they are on different base models.
+    """
+
+    def build() -> Job:
+        first = adapters.get(session, owner_id, adapter_id, keep=True)
+        asked = [Source(adapter=first.id, weight=request.weight, weights=request.weights), *request.others]
+        found = sources.resolve(session, owner_id, asked, keep=True, param="others", first=-1)
+        return Job(
+            kind="export",
+            name=request.name or f"{first.name} as {request.format}",
+            spec={"export": to_mapping(_part(ExportConfig, request)), "adapters": sources.spelled(asked, found)},
+            base_model_id=first.base_model_id,
+            parents=sources.lineage(asked, found),
+        )
+
+    return jobs.submit(session, owner_id, build, idempotency)
+
+
+def submit_search(
+    session: Session, owner_id: str, request: SearchRequest, idempotency: Idempotency | None = None
+) -> tuple[Job, bool]:
+    """Queue a search for weights. Returns the job and whether it is new.
+
+    Raises:
+        NotFound, Conflict: an adapter or the dataset is not the owner's, or they are on different base models.
+        Invalid: an adapter is there twice.
+    """
+
+    def build() -> Job:
+        asked = [Source(adapter=adapter) for adapter in request.adapters]
+        found = sources.resolve(session, owner_id, asked, keep=True)
+        _check_different(found)
+        datasets.ready(session, owner_id, request.dataset)
+        return Job(
+            kind="search",
+            name=request.name or f"weights of {len(found)}",
+            spec={"search": to_mapping(_part(SearchConfig, request)), "adapters": sources.spelled(asked, found)},
+            base_model_id=found[0].base_model_id,
+            dataset_id=request.dataset,
+            parents=sources.lineage(asked, found),
+        )
+
+    return jobs.submit(session, owner_id, build, idempotency)
+
+
+def submit_verification(
+    session: Session, owner_id: str, adapter_id: str, idempotency: Idempotency | None = None
+) -> tuple[Job, bool]:
+    """Queue a check of a merge's certificate against its sources. Returns the job and whether it is new.
+
+    Raises:
+        NotFound: the adapter, or one that it was made of, is not there any more.
+        Invalid: it was not merged.
+    """
+
+    def build() -> Job:
+        made = adapters.get(session, owner_id, adapter_id, keep=True)
+        parents = adapters.parents(session, [made.job_id]).get(made.job_id, [])
+        if made.kind != "merge":
+            message = f"{made.id} is not the result of a merge; there is nothing to compare it with"
+            raise Invalid(message, param="adapter_id", code="not_merged")
+        asked = [Source(adapter=parent.parent_id) for parent in parents]
+        found = sources.resolve(session, owner_id, asked, keep=True)
+        kept = [made, *sources.distinct(found)]
+        return Job(
+            kind="verify",
+            name=f"certificate of {made.name}",
+            spec={"adapter": made.id, "adapters": [{"adapter": row.id} for row in kept[1:]]},
+            base_model_id=made.base_model_id,
+            parents=[AdapterParent(position=index, parent_id=row.id, weight=1.0) for index, row in enumerate(kept)],
+        )
+
+    return jobs.submit(session, owner_id, build, idempotency)
+
+
+def _part(cls: type[T], request: Any) -> T:
+    """The engine's share of a request."""
+    return cls(**{item.name: getattr(request, item.name) for item in fields(cls)})  # type: ignore[arg-type]
+
+
+def _check_different(found: Sequence[Adapter]) -> None:
+    ids = [adapter.id for adapter in found]
+    for index, adapter_id in enumerate(ids):
+        if adapter_id in ids[:index]:
+            raise Invalid(f"adapters[{index}]: the same adapter as adapters[{ids.index(adapter_id)}]", param="adapters")

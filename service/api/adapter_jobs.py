@@ -1,0 +1,80 @@
+"""Work on adapters, as jobs: exports, searches for weights, verifications."""
+
+from fastapi import APIRouter, Response
+
+from service import adapter_jobs, schema_examples, schemas
+from service.api.errors import documented
+from service.api.jobs import submitted
+from service.api.request import (
+    Caller,
+    IdempotencyHeader,
+    Inside,
+    JsonBody,
+    PathBody,
+    body_schema,
+    idempotency,
+    parse,
+)
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+_REFUSALS = documented(400, 404, 409, 413, 415, 422)
+
+
+@router.post(
+    "/search-weights",
+    status_code=202,
+    summary="Find the weights of a stack",
+    responses=_REFUSALS,
+    openapi_extra=body_schema(adapter_jobs.SearchRequest, schema_examples.SEARCH),
+)
+def search_weights(
+    caller: Caller, parts: Inside, body: JsonBody, response: Response, key: IdempotencyHeader = None
+) -> schemas.Job:
+    """Queue a search for the weights with which the adapters, stacked, have the lowest loss on a dataset. Its adapter
+    is that stack; its metrics compare the best single adapter, equal weights and the weights that were found, on
+    examples that nothing was chosen by."""
+    request = parse(adapter_jobs.SearchRequest, body)
+    with parts.database.unit_of_work() as session:
+        result = adapter_jobs.submit_search(session, caller.user_id, request, idempotency(body, key))
+        return submitted(session, result, response)
+
+
+@router.post(
+    "/{adapter_id}/export",
+    status_code=202,
+    summary="Export an adapter",
+    responses=_REFUSALS,
+    openapi_extra=body_schema(adapter_jobs.ExportRequest, schema_examples.EXPORT),
+)
+def export_adapter(
+    caller: Caller,
+    parts: Inside,
+    adapter_id: str,
+    body: JsonBody,
+    response: Response,
+    key: IdempotencyHeader = None,
+) -> schemas.Job:
+    """Queue an export: PEFT's layout, the whole model with the adapter in its weights, or a file for llama.cpp. The
+    artifact is loaded again from its files and compared with base model and adapter as they were trained; where they
+    differ by more than the limit, the job fails and says by how much."""
+    request = parse(adapter_jobs.ExportRequest, body)
+    with parts.database.unit_of_work() as session:
+        result = adapter_jobs.submit_export(session, caller.user_id, adapter_id, request, idempotency(body, key))
+        return submitted(session, result, response)
+
+
+@router.post(
+    "/{adapter_id}/verify", status_code=202, summary="Verify a merge", responses=documented(400, 404, 409, 422)
+)
+def verify_adapter(
+    caller: Caller,
+    parts: Inside,
+    adapter_id: str,
+    body: PathBody,
+    response: Response,
+    key: IdempotencyHeader = None,
+) -> schemas.Job:
+    """Queue a check: the certificate is computed again, from the adapters that the merge was made of."""
+    with parts.database.unit_of_work() as session:
+        result = adapter_jobs.submit_verification(session, caller.user_id, adapter_id, idempotency(body, key))
+        return submitted(session, result, response)

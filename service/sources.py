@@ -1,0 +1,109 @@
+"""The adapters that a request names, with their weights: found, kept while it runs, and recorded as lineage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from lora_engine.adapter_header import inspect
+from lora_engine.errors import SpecError
+from lora_engine.fields import bounded, bounded_values, to_mapping
+from lora_engine.merging.config import MAX_WEIGHT, MergeConfig
+from lora_engine.merging.sources import Plan, plan
+from lora_engine.merging.sources import Source as MergeSource
+from service import adapters
+from service.errors import Conflict, NotFound
+from service.models import Adapter, AdapterParent
+
+MAX_SOURCES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One adapter and the weight its delta gets, of any sign.
+
+    Attributes:
+        adapter: an id or an alias.
+        weight: of every module that `weights` does not name.
+        weights: of the modules so named: "q_proj", "layers.[0-7].*" or a full name. The last entry that fits counts.
+    """
+
+    adapter: str
+    weight: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bounded(self, "weight", -MAX_WEIGHT, MAX_WEIGHT)
+        bounded_values(self, "weights", -MAX_WEIGHT, MAX_WEIGHT)
+
+
+def check(sources: Sequence[Source]) -> None:
+    """Raises SpecError for none or too many."""
+    if not 1 <= len(sources) <= MAX_SOURCES:
+        raise SpecError(f"adapters: expected between 1 and {MAX_SOURCES} adapters", field="adapters")
+
+
+def resolve(
+    session: Session,
+    owner_id: str,
+    sources: Sequence[Source],
+    *,
+    keep: bool = False,
+    param: str = "adapters",
+    first: int = 0,
+) -> list[Adapter]:
+    """The adapters, in this order; with `keep` nobody deletes them before this transaction ends.
+
+    `param` and `first` say what the request calls them: "adapters[0]" is the first one.
+
+    Raises:
+        NotFound: one of them is not the owner's.
+        Conflict: they are on different base models.
+    """
+    named = enumerate(sources, first)
+    found = [_named(session, owner_id, source.adapter, f"{param}[{index}]", keep) for index, source in named]
+    base_ids = sorted({adapter.base_model_id for adapter in found})
+    if len(base_ids) > 1:
+        raise Conflict(f"{param}: they are on different base models: {', '.join(base_ids)}", param=param)
+    return found
+
+
+def distinct(found: Sequence[Adapter]) -> list[Adapter]:
+    """Each adapter once."""
+    return list({adapter.id: adapter for adapter in found}.values())
+
+
+def lineage(sources: Sequence[Source], found: Sequence[Adapter]) -> list[AdapterParent]:
+    """The rows that say what a job works on, and keep it from being deleted meanwhile."""
+    return [
+        AdapterParent(position=position, parent_id=adapter.id, weight=source.weight)
+        for position, (source, adapter) in enumerate(zip(sources, found, strict=True))
+    ]
+
+
+def spelled(sources: Sequence[Source], found: Sequence[Adapter]) -> list[dict[str, Any]]:
+    """For the job's spec: ids in the place of aliases, which may move on."""
+    return [to_mapping(source) | {"adapter": row.id} for source, row in zip(sources, found, strict=True)]
+
+
+def planned(config: MergeConfig, sources: Sequence[Source], found: Sequence[Adapter], folder: Path) -> Plan:
+    """A merge of the adapters whose files, or headers, lie below `folder` by their ids.
+
+    Raises:
+        SpecError, AdapterError: whatever a merge can be refused for.
+    """
+    headers = {adapter.id: inspect(folder / adapter.id) for adapter in found}
+    weighted = (
+        MergeSource(headers[adapter.id], adapter.digest, source.weight, source.weights)
+        for source, adapter in zip(sources, found, strict=True)
+    )
+    return plan(config, list(weighted))
+
+
+def _named(session: Session, owner_id: str, name: str, param: str, keep: bool) -> Adapter:
+    try:
+        return adapters.get(session, owner_id, name, keep=keep)
+    except NotFound as error:
+        raise NotFound(f"{param}: {error.message}", param=param) from None

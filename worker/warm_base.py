@@ -1,0 +1,53 @@
+"""The base model that was used last, kept for the next job; and whether its files are the pinned ones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_engine import base_files, base_model
+from lora_engine.base_model import BaseModel
+from lora_engine.config import TrainingConfig
+from lora_engine.errors import BaseModelError
+from worker.channel import HostChannel
+
+
+class WarmBase:
+    """One base model on the device at most."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self.device = device
+        if threads:
+            torch.set_num_threads(threads)
+        self._key: tuple[str, str, str] | None = None
+        self._base: BaseModel | None = None
+
+    def get(self, base: dict[str, Any], training: TrainingConfig, channel: HostChannel) -> BaseModel:
+        """The base model, loaded unless it is here already.
+
+        Raises:
+            BaseModelError: the folder's files are not the ones the catalogue pinned.
+        """
+        key = (base["digest"], training.quantization, training.compute_dtype)
+        if self._key != key or self._base is None:
+            self._key = self._base = None  # free the old one before the new one needs the room
+            folder = verified(base, channel)
+            channel.send("phase", phase="loading base model")
+            self._base = base_model.load(
+                folder,
+                quantization=training.quantization,
+                compute_dtype=training.compute_dtype,
+                device=self.device,
+                digest=base["digest"],
+            )
+            self._key = key
+        return self._base
+
+
+def verified(base: dict[str, Any], channel: HostChannel) -> Path:
+    """The base model's folder. Raises BaseModelError unless its files are the ones the catalogue pinned."""
+    channel.send("phase", phase="verifying base model")
+    folder = Path(base["folder"])
+    if base_files.digest(folder) != base["digest"]:
+        raise BaseModelError(f"the files of base model {base['id']} are not those that the catalogue pinned")
+    return folder
