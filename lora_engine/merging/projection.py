@@ -31,7 +31,9 @@ def peft_linear(plan: Plan) -> Callable[[str], Factors]:
 def _off_span(factors: Factors) -> Factors:
     inner = products(factors)
     shares = np.linalg.pinv(inner[1:, 1:], rcond=_NEGLIGIBLE**2, hermitian=True) @ inner[1:, 0]
-    return weighted(factors, np.concatenate([[1.0], -shares]))
+    left = inner[0, 0] - shares @ inner[1:, 0]
+    kept = left > _NEGLIGIBLE**2 * inner[0, 0]
+    return weighted(factors, np.concatenate([[1.0], -shares]) * kept)
 
 
 def _off_spaces(factors: Factors, subspace: str) -> Factors:
@@ -44,11 +46,18 @@ def _off_spaces(factors: Factors, subspace: str) -> Factors:
     blocks = [slice(block.start - first.stop, block.stop - first.stop) for block in factors.blocks[1:]]
     if subspace in ("column", "both"):
         U = _column_space(other_B, other_A, blocks)
-        B = B - U @ (U.T @ B)
+        B = _without(B, U)
     if subspace in ("row", "both"):
         V = _column_space(other_A.T, other_B.T, blocks)
-        A = A - (A @ V) @ V.T
+        A = _without(A.T, V).T
     return Factors(B, A, scale)
+
+
+def _without(columns: Wide, basis: Wide) -> Wide:
+    """(1 - U·Uᵀ)·columns; what is nothing but rounding is zero."""
+    left: Wide = columns - basis @ (basis.T @ columns)
+    kept = bool(np.linalg.norm(left) > _NEGLIGIBLE * np.linalg.norm(columns))
+    return left if kept else np.zeros_like(left)
 
 
 def _column_space(B: Wide, A: Wide, blocks: list[slice]) -> Wide:
