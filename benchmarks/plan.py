@@ -21,19 +21,19 @@ STEPS = 4
 # name → settings of `TrainSpec`, longest row in words, and memory in GB that the planner is told there is.
 GRID: dict[str, tuple[dict[str, Any], dict[str, Any], int, float]] = {
     "bf16, r 8": ({"rank": 8}, {}, 100, 0),
-    "bf16, r 8, long rows": ({"rank": 8}, {}, 900, 0),
+    "bf16, r 8, long rows": ({"rank": 8}, {}, 500, 0),
     "bf16, r 8, 16 examples a step": ({"rank": 8}, {"global_batch": 16}, 100, 0),
     "bf16, r 128": ({"rank": 128}, {}, 100, 0),
     "bf16, r 128, query and value": ({"rank": 128, "target_modules": ["query", "value"]}, {}, 300, 0),
     "bf16, r 8, dropout": ({"rank": 8, "dropout": 0.1}, {}, 300, 0),
     "bf16, r 8, SGD": ({"rank": 64}, {"optimizer": "sgd"}, 100, 0),
-    "bf16, r 8, little memory": ({"rank": 8}, {}, 900, 1.0),
+    "bf16, r 8, little memory": ({"rank": 8}, {}, 500, 1.0),
     "fp32, r 8": ({"rank": 8}, {"compute_dtype": "fp32"}, 100, 0),
-    "fp32, r 8, long rows": ({"rank": 8}, {"compute_dtype": "fp32"}, 900, 0),
+    "fp32, r 8, long rows": ({"rank": 8}, {"compute_dtype": "fp32"}, 500, 0),
     "NF4 dequantised once, r 8": ({"rank": 8}, {"quantization": "nf4"}, 100, 0),
-    "NF4, r 8, long rows": ({"rank": 8}, {"quantization": "nf4"}, 900, 0),
+    "NF4, r 8, long rows": ({"rank": 8}, {"quantization": "nf4"}, 500, 0),
     "NF4, r 8, little memory": ({"rank": 8}, {"quantization": "nf4"}, 300, 0.6),
-    "NF4, r 64, little memory": ({"rank": 64}, {"quantization": "nf4"}, 900, 1.0),
+    "NF4, r 64, little memory": ({"rank": 64}, {"quantization": "nf4"}, 500, 1.0),
     "int8, r 8": ({"rank": 8}, {"quantization": "int8"}, 300, 0),
 }
 

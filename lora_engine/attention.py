@@ -1,7 +1,8 @@
-"""Attention among the rows of a pack, forward and backward, by batched products.
+"""Attention among the rows of a pack, forward and backward: by kernels where there are any, else by batched products.
 
-Scores and their softmax are in fp32 whatever the compute dtype. Where documents are short the probabilities are kept
-for the backward pass, in the compute dtype; where they would outgrow everything else they are computed anew.
+Scores and their softmax are in fp32 whatever the compute dtype. The kernels keep the logarithm of each softmax's
+denominator and compute the probabilities anew (arXiv 2205.14135). The products keep the probabilities for the backward
+pass, in the compute dtype, where documents are short; where they would outgrow everything else they are computed anew.
 Grouped-query attention: each key head serves `heads / key heads` query heads.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_engine import kernels
 from lora_engine.packing import Attention, AttentionGroup
 
 # Beyond so many keys, a row's probabilities would take more than what its layer keeps otherwise.
@@ -36,6 +38,11 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, attention: Attention, shape: AttentionShape
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Attended values, like q (query rows, heads, head size), and what to keep; k and v are (rows, key heads, …)."""
+    if fused(q.device, q.dtype, shape):
+        attended, logs = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2])
+        for group in attention.groups:
+            kernels.attend(q, k, v, group, shape.scaling, shape.window, attended, logs)
+        return attended, (logs,)
     results, kept = [], []
     for group in attention.groups:
         queries, keys, values = _gathered(q, k, v, group)
@@ -46,6 +53,11 @@ def forward(
     return _by_row(results, attention, q), tuple(kept)
 
 
+def fused(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> bool:
+    """Whether kernels compute the attention of such tensors."""
+    return shape.softcap is None and kernels.serve(device, dtype)
+
+
 def keeps_probabilities(group: AttentionGroup, shape: AttentionShape) -> bool:
     """Whether the backward pass of this group finds its probabilities kept."""
     return group.keys.shape[1] <= _KEPT_KEYS and shape.softcap is None
@@ -53,6 +65,7 @@ def keeps_probabilities(group: AttentionGroup, shape: AttentionShape) -> bool:
 
 def backward(
     gradient: Tensor,
+    attended: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -62,6 +75,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of what `forward` returned, like them in shape and type."""
     dk, dv = (torch.zeros(tensor.shape, device=k.device) for tensor in (k, v))
+    if fused(q.device, q.dtype, shape):
+        (logs,) = kept
+        dq = torch.empty(q.shape, dtype=q.dtype)
+        assert logs is not None  # noqa: S101 - for the type checker
+        for group in attention.groups:
+            found = (dq, dk, dv)
+            kernels.attend_backward(gradient, q, k, v, attended, logs, group, shape.scaling, shape.window, found)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
     dqs = []
     for group, rounded in zip(attention.groups, kept, strict=True):
         queries, keys, values = _gathered(q, k, v, group)

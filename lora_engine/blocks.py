@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lora_engine import kernels
+
 
 @dataclass(frozen=True, slots=True)
 class Normed:
@@ -29,10 +31,14 @@ class RMSNorm:
         self._eps = float(module.eps if eps is None else eps)
         weight = module.weight.detach()
         self._weight = 1 + weight.float() if offset else weight
+        self._wide_weight = self._weight.float().contiguous()
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Normed]:
         """Result in `dtype`, like x in shape; x may be fp32 or of that type."""
         x = x.float()
+        if kernels.serve(x.device, dtype):
+            result, unit, inverse = kernels.norm_forward(x, self._wide_weight, self._eps, dtype)
+            return result, Normed(unit, inverse)
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = size.square_().mul_(1 / x.shape[-1]).add_(self._eps).rsqrt_()
         unit = (x * inverse).to(dtype)
@@ -43,20 +49,27 @@ class RMSNorm:
         scaled: Tensor = unit * self._weight
         return scaled.to(unit.dtype)
 
-    def backward(self, dy: Tensor, kept: Normed) -> Tensor:
-        """dx, fp32."""
+    def backward(self, dy: Tensor, kept: Normed, added: Tensor | None = None) -> Tensor:
+        """dx, fp32; plus `added`, which has its shape."""
+        if dy.dtype == kept.unit.dtype and kernels.serve(dy.device, dy.dtype):
+            return kernels.norm_backward(dy, kept.unit, kept.inverse, self._wide_weight, added)
         dunit: Tensor = dy.float() * self._weight
         unit = kept.unit.float()
         along = (dunit * unit).mean(-1, keepdim=True)
-        return dunit.addcmul_(unit, along, value=-1).mul_(kept.inverse)
+        dx = dunit.addcmul_(unit, along, value=-1).mul_(kept.inverse)
+        return dx if added is None else dx.add_(added)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> None:
     """Rotary embedding (arXiv 2104.09864) in place: x (rows, heads, head size), cos and sin (rows, 1, pairs).
 
-    Feature i is paired with feature i + pairs; features beyond the pairs stay as they are. With -sin it is the
+    Feature i is paired with feature i + pairs; features beyond the pairs stay as they are. Direction -1 is the
     backward pass.
     """
+    if kernels.serve(x.device, x.dtype):
+        kernels.rotate(x, cos, sin, direction)
+        return
+    sin = sin * direction
     pairs = cos.shape[-1]
     first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
     rotated = (first * cos).addcmul_(second, sin, value=-1)
@@ -64,27 +77,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     first.copy_(rotated)
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """An elementwise function and its gradient: `backward(dy, x)`."""
+class GatedActivation:
+    """``activation(gate) · up`` of rows that hold gate and up side by side (arXiv 2002.05202)."""
 
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
+    def __init__(self, name: str) -> None:
+        self._silu = name == "silu"
+        self._forward, self._backward = ACTIVATIONS[name]
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """(rows × width) of gate_up (rows × 2 width)."""
+        if self._silu and kernels.serve(gate_up.device, gate_up.dtype):
+            return kernels.silu_product(gate_up)
+        gate, up = gate_up.chunk(2, 1)
+        return self._forward(gate).mul_(up)
+
+    def backward(self, upstream: Tensor, gate_up: Tensor) -> Tensor:
+        """Gradient of gate_up from that of the result, which is used up."""
+        if self._silu and kernels.serve(gate_up.device, gate_up.dtype):
+            return kernels.silu_product_backward(upstream, gate_up)
+        gate, up = gate_up.chunk(2, 1)
+        gradient = torch.empty_like(gate_up)
+        dgate, dup = gradient.chunk(2, 1)
+        torch.mul(upstream, self._forward(gate), out=dup)
+        dgate.copy_(self._backward(upstream.mul_(up), gate))
+        return gradient
 
 
-def _gelu_backward(approximate: str) -> Callable[[Tensor, Tensor], Tensor]:
+_Forward = Callable[[Tensor], Tensor]
+_Backward = Callable[[Tensor, Tensor], Tensor]
+
+
+def _gelu_backward(approximate: str) -> _Backward:
     return lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate=approximate)
 
 
-def _gelu(approximate: str) -> Callable[[Tensor], Tensor]:
+def _gelu(approximate: str) -> _Forward:
     return lambda x: functional.gelu(x, approximate=approximate)
 
 
-_TANH_GELU = Activation(_gelu("tanh"), _gelu_backward("tanh"))
-# By the name that transformers' configs give them.
-ACTIVATIONS = {
-    "silu": Activation(functional.silu, torch.ops.aten.silu_backward),
-    "gelu": Activation(_gelu("none"), _gelu_backward("none")),
+_TANH_GELU = (_gelu("tanh"), _gelu_backward("tanh"))
+# An elementwise function and its gradient (dy, x), by the name that transformers' configs give it.
+ACTIVATIONS: dict[str, tuple[_Forward, _Backward]] = {
+    "silu": (functional.silu, torch.ops.aten.silu_backward),
+    "gelu": (_gelu("none"), _gelu_backward("none")),
     "gelu_pytorch_tanh": _TANH_GELU,
     "gelu_new": _TANH_GELU,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_engine import attention
 from lora_engine.attention import AttentionShape
-from lora_engine.blocks import ACTIVATIONS, Normed, RMSNorm, rotate
+from lora_engine.blocks import GatedActivation, Normed, RMSNorm, rotate
 from lora_engine.packing import Pack
 from lora_engine.product import FactorGradients, Projection, Routing, Scratch
 
@@ -147,6 +147,7 @@ class AttentionHalf:
             return None
         dq, dk, dv = attention.backward(
             dattended.view(kept.q.shape),
+            kept.attended.view(kept.q.shape),
             kept.q,
             kept.k,
             kept.v,
@@ -163,8 +164,9 @@ class AttentionHalf:
         dx = self._backward_inner(dq, dk, dv, kept, rows, needed=needed)
         if dx is None:
             return None
-        dx = self._norm.backward(dx, kept.normed)
-        return dx.index_add_(0, rows.pack.predicts, gradient) if self._last else dx.add_(gradient)
+        if self._last:
+            return self._norm.backward(dx, kept.normed).index_add_(0, rows.pack.predicts, gradient)
+        return self._norm.backward(dx, kept.normed, gradient)
 
     def operations(self, pack: Pack, *, backward: bool, dx_needed: bool) -> int:
         """Multiplications and additions of this half."""
@@ -194,6 +196,8 @@ class AttentionHalf:
         ranks = sum(count * projection.ranks for projection, count in zip(self._inner, counts, strict=True))
         size += itemsize * (ranks + queries * self._out.ranks)
         groups = (pack.target_attention if self._last else pack.attention).groups
+        if attention.fused(pack.ids.device, self._out.dtype, self._shape):
+            return size + 4 * queries * q // self._size
         kept = sum(group.scores for group in groups if attention.keeps_probabilities(group, self._shape))
         return size + itemsize * kept * q // self._size
 
@@ -203,10 +207,12 @@ class AttentionHalf:
         groups = (pack.target_attention if self._last else pack.attention).groups
         scores = max(group.scores for group in groups) * q // self._size
         rows, width = pack.rows, self._out.outputs
-        # Gradients of q, k and v and their sum in fp32; probabilities, their gradient and that of the scores.
-        return rows * (itemsize * (2 * q + 2 * (k + v) + width) + 4 * (k + v) + 8 * width) + scores * (
-            12 + 2 * itemsize
-        )
+        # Gradients of q, k and v and their sum in fp32.
+        size = rows * (itemsize * (2 * q + 2 * (k + v) + width) + 4 * (k + v) + 8 * width)
+        if attention.fused(pack.ids.device, self._out.dtype, self._shape):
+            return size + max(4 * group.keys.numel() * (k + v) for group in groups)
+        # Probabilities, their gradient and that of the scores.
+        return size + scores * (12 + 2 * itemsize)
 
     def _queries(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, tuple[_Hidden, ...]]:
         """q (query rows, heads, head size), k and v (rows, key heads, head size), and the adapters' hidden rows."""
@@ -250,11 +256,10 @@ class AttentionHalf:
         if not self._rotary:
             return
         cos, sin = rows.rotary[self._layer_type]
-        sin = sin * direction
-        rotate(k, cos, sin)
+        rotate(k, cos, sin, direction)
         if self._last:
             cos, sin = cos[rows.pack.predicts], sin[rows.pack.predicts]
-        rotate(q, cos, sin)
+        rotate(q, cos, sin, direction)
 
     def _attention(self, rows: Rows) -> Any:
         return rows.pack.target_attention if self._last else rows.pack.attention
@@ -276,7 +281,7 @@ class MLPHalf:
         fused = hasattr(module, "gate_up_proj")
         self._gate_up = Projection([module.gate_up_proj] if fused else [module.gate_proj, module.up_proj], scratch)
         self._down = Projection([module.down_proj], scratch)
-        self._activation = ACTIVATIONS[activation]
+        self._activation = GatedActivation(activation)
 
     @property
     def adapted(self) -> bool:
@@ -290,8 +295,7 @@ class MLPHalf:
         """The residual stream after this half, which is x itself, and what to keep."""
         normed_x, normed = self._norm.forward(x, dtype)
         gate_up, hidden = self._gate_up.forward(normed_x, self._routing(rows))
-        gate, up = gate_up.chunk(2, 1)
-        y, hidden_down = self._down.forward(self._activation.forward(gate).mul_(up), self._routing(rows))
+        y, hidden_down = self._down.forward(self._activation.forward(gate_up), self._routing(rows))
         normed_out = None
         if self._norm_out is not None:
             y, normed_out = self._norm_out.forward(y, dtype)
@@ -302,24 +306,19 @@ class MLPHalf:
         """Gradient of x (fp32), where needed, from that of the result; the factors' gradients are accumulated."""
         dtype = kept.gate_up.dtype
         dy = gradient if kept.normed_out is None else self._norm_out.backward(gradient, kept.normed_out)  # type: ignore[union-attr]
-        gate, up = kept.gate_up.chunk(2, 1)
-        activated = self._activation.forward(gate)
         inner = needed or self._gate_up.adapted
-        product = activated * up
+        product = self._activation.forward(kept.gate_up)
         dproduct, found = self._down.backward(
             dy.to(dtype), product, kept.hidden_down, self._routing(rows), dx_needed=inner
         )
         _accumulate(found)
         if dproduct is None:
             return None
-        dgate_up = torch.empty_like(kept.gate_up)
-        dgate, dup = dgate_up.chunk(2, 1)
-        torch.mul(dproduct, activated, out=dup)
-        dgate.copy_(self._activation.backward(dproduct.mul_(up), gate))
+        dgate_up = self._activation.backward(dproduct, kept.gate_up)
         x = self._norm.scaled(kept.normed.unit)
         dx, found = self._gate_up.backward(dgate_up, x, kept.hidden, self._routing(rows), dx_needed=needed)
         _accumulate(found)
-        return None if dx is None else self._norm.backward(dx, kept.normed).add_(gradient)
+        return None if dx is None else self._norm.backward(dx, kept.normed, gradient)
 
     def operations(self, pack: Pack, *, backward: bool, dx_needed: bool) -> int:
         """Multiplications and additions of this half."""

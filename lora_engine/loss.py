@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lora_engine import kernels
 from lora_engine.blocks import RMSNorm
 from lora_engine.data import MicroBatch
 from lora_engine.layer import Rows
@@ -89,6 +90,9 @@ class Head:
     def _to_gradients(self, logits: Tensor, rows: Rows, chunk: slice, divisor: float | None) -> Tensor:
         """Summed loss of `logits` (rows × vocabulary), which become their gradient (by loss / divisor) in place."""
         targets, weights = rows.pack.targets[chunk, None], rows.pack.weights[chunk, None]
+        if self._softcap is None and kernels.serve(logits.device, logits.dtype):
+            losses = kernels.softmax_loss(logits, targets, None if divisor is None else weights / divisor)
+            return (losses * weights[:, 0]).sum()
         total = torch.zeros((), device=logits.device)
         size = _BLOCK_ROWS.get(logits.device.type, 1024)
         for start in range(0, len(logits), size):

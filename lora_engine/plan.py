@@ -29,7 +29,9 @@ _RESERVE = 0.9
 # Parameters of an adapter of which a second copy is kept although nothing is evaluated.
 _LARGEST_KEPT = 64 << 20
 # Of the predictions, measured over a grid of small configurations (benchmarks/plan.py).
-_MEMORY_ERROR, _TIME_ERROR = 0.2, 0.2
+_MEMORY_ERROR, _TIME_ERROR = 0.1, 0.2
+# What a heap takes for what a job holds, the mean of that grid: `machine.Heap` bounds it.
+_HOLES = 1.07
 # Steps whose micro-batches are counted to predict the time of all.
 _SAMPLED_STEPS = 32
 
@@ -175,6 +177,8 @@ def make(job: Job, *, calibrate: bool = True, available: int | None = None) -> P
             rate, grown = _calibrated(job, choice, batch)
             # A heap that has been used before hides growth, so that less than was reckoned says nothing.
             peak += max(0, grown - run.needed_bytes(batch))
+            if job.kind == "cpu":
+                peak = int(_HOLES * peak)
             least = max(least, peak)
         if peak <= limit and not (calibrate and rate is None):
             break

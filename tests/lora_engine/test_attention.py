@@ -4,12 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_engine import attention
+from lora_engine import attention, kernels
 from lora_engine.attention import AttentionShape
 from lora_engine.packing import Pack, packs
 from tests.lora_engine.documents import templated
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
+
+
+@pytest.fixture(params=["kernels", "products"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs with the kernels, where they can be compiled, and with PyTorch's operations."""
+    if request.param == "products":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module", params=[4096, 60])
@@ -58,7 +66,7 @@ def test_values_and_gradients_are_those_of_the_formula_in_float64(pack: Pack, se
     q, k, v = inputs(pack)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(4))
     ours, kept = attention.forward(q, k, v, pack.attention, shape)
-    gradients = attention.backward(upstream, q, k, v, kept, pack.attention, shape)
+    gradients = attention.backward(upstream, ours, q, k, v, kept, pack.attention, shape)
     twins = [part.double().requires_grad_() for part in (q, k, v)]
     expected = reference(*twins, visible(pack, shape.window), shape)
     expected.backward(upstream.double())
@@ -68,9 +76,12 @@ def test_values_and_gradients_are_those_of_the_formula_in_float64(pack: Pack, se
         torch.testing.assert_close(found, twin.grad.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_short_documents_keep_their_probabilities_and_long_ones_do_not(pack: Pack) -> None:
+def test_products_keep_the_probabilities_of_short_documents_and_kernels_none(pack: Pack, way: str) -> None:
     q, k, v = inputs(pack)
     _, kept = attention.forward(q, k, v, pack.attention, AttentionShape(scaling=0.4))
+    if way == "kernels" and kernels.library() is not None:
+        assert [tuple(tensor.shape) for tensor in kept if tensor is not None] == [(pack.rows, HEADS)]
+        return
     for group, probabilities in zip(pack.attention.groups, kept, strict=True):
         assert (probabilities is not None) == (group.keys.shape[1] <= 256)
 
@@ -83,9 +94,9 @@ def test_rows_that_predict_attend_as_they_do_among_all(pack: Pack) -> None:
     torch.testing.assert_close(some, whole[pack.predicts], rtol=1e-5, atol=1e-6)
     upstream = torch.randn(some.shape, generator=torch.Generator().manual_seed(4)) * pack.weights[:, None, None]
     spread = torch.zeros_like(q).index_add_(0, pack.predicts, upstream)
-    _, all_kept = attention.forward(q, k, v, pack.attention, shape)
-    expected = attention.backward(spread, q, k, v, all_kept, pack.attention, shape)
-    dq, dk, dv = attention.backward(upstream, q[pack.predicts], k, v, kept, pack.target_attention, shape)
+    everyone, all_kept = attention.forward(q, k, v, pack.attention, shape)
+    expected = attention.backward(spread, everyone, q, k, v, all_kept, pack.attention, shape)
+    dq, dk, dv = attention.backward(upstream, some, q[pack.predicts], k, v, kept, pack.target_attention, shape)
     torch.testing.assert_close(dk, expected[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dv, expected[2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.zeros_like(q).index_add_(0, pack.predicts, dq), expected[0], rtol=1e-4, atol=1e-5)

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from lora_engine.blocks import ACTIVATIONS, RMSNorm, rotate
+from lora_engine import kernels
+from lora_engine.blocks import ACTIVATIONS, GatedActivation, RMSNorm, rotate
+
+
+@pytest.fixture(params=["kernels", "products"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs with the kernels, where they can be compiled, and with PyTorch's operations."""
+    if request.param == "products":
+        monkeypatch.setattr(kernels, "library", lambda: None)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -39,21 +47,40 @@ def test_rotation_pairs_halves_leaves_the_rest_and_is_undone_by_its_backward_pas
     x = normal(6, 2, 10)
     angles = normal(6, 1, 3, seed=1)
     rotated = x.clone()
-    rotate(rotated, angles.cos(), angles.sin())
+    rotate(rotated, angles.cos(), angles.sin(), 1)
     whole = torch.complex(x[..., :3], x[..., 3:6]) * torch.polar(torch.ones_like(angles), angles)
     torch.testing.assert_close(rotated[..., :3], whole.real, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rotated[..., 3:6], whole.imag, rtol=1e-5, atol=1e-6)
     assert torch.equal(rotated[..., 6:], x[..., 6:])
-    rotate(rotated, angles.cos(), -angles.sin())
+    rotate(rotated, angles.cos(), angles.sin(), -1)
     torch.testing.assert_close(rotated, x, rtol=1e-5, atol=1e-6)
 
 
+def test_a_norm_adds_the_gradient_that_passes_it_by() -> None:
+    norm = RMSNorm(SimpleNamespace(weight=normal(19, seed=1), eps=1e-5), offset=False)
+    _, kept = norm.forward(normal(5, 19), torch.float32)
+    upstream, by = normal(5, 19, seed=2), normal(5, 19, seed=3)
+    expected = norm.backward(upstream, kept) + by
+    torch.testing.assert_close(norm.backward(upstream, kept, by), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [50, 64])
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_activations_are_those_of_transformers_with_their_gradients(name: str) -> None:
-    x = normal(4, 50).mul(3).requires_grad_()
-    upstream = normal(4, 50, seed=1)
-    expected = ACT2FN[name](x)
+def test_gated_activations_are_those_of_transformers_with_their_gradients(name: str, width: int) -> None:
+    gate_up = normal(4, 2 * width).mul(3).requires_grad_()
+    upstream = normal(4, width, seed=1)
+    gate, up = gate_up.chunk(2, 1)
+    expected = ACT2FN[name](gate) * up
     expected.backward(upstream)
-    found = ACTIVATIONS[name]
-    torch.testing.assert_close(found.forward(x.detach()), expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.backward(upstream, x.detach()), x.grad, rtol=1e-4, atol=1e-5)
+    activation = GatedActivation(name)
+    torch.testing.assert_close(activation.forward(gate_up.detach()), expected.detach(), rtol=1e-5, atol=1e-6)
+    gradient = activation.backward(upstream.clone(), gate_up.detach())
+    torch.testing.assert_close(gradient, gate_up.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_extreme_gates_stay_finite_and_what_is_not_a_number_stays_so() -> None:
+    activation = GatedActivation("silu")
+    gates = torch.tensor([[-1e4, -90.0, 90.0, 1e4]])
+    found = activation.forward(torch.cat([gates, torch.ones_like(gates)], 1))
+    torch.testing.assert_close(found, torch.nn.functional.silu(gates), rtol=1e-5, atol=1e-20)
+    assert activation.forward(torch.tensor([[float("nan"), 1.0]])).isnan().all()
