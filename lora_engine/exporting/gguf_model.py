@@ -116,6 +116,7 @@ def _write_start(
         writer.add_name(name)
         _add_sizes(writer, base.model.config)
         writer.add_file_type(_FILE_TYPES[precision])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         gguf_vocabulary.add(writer, base.tokenizer, len(base.model.get_input_embeddings().weight))
         extra = _rope_factors(base.model.config)
         if extra is not None:

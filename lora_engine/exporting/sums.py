@@ -9,12 +9,13 @@ named changes no bit. What the rounding costs is measured on the way, against th
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from math import sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lora_engine import nf4
 from lora_engine.adapter import LoraWeights
 from lora_engine.errors import AdapterError
 from lora_engine.exporting.deltas import Deltas, norm
@@ -98,10 +99,7 @@ class Rounding:
 
 def blocks(piece: Piece) -> Iterator[Block]:
     """All of a piece, whole attention heads together."""
-    step = max(1, BLOCK_BYTES // max(piece.row_bytes, 1))
-    if piece.heads:
-        size = piece.count // piece.heads
-        step = max(1, step // size) * size
+    step = _whole_heads(piece, BLOCK_BYTES // max(piece.row_bytes, 1))
     for start in range(0, max(piece.count, 1), step):
         yield Block(piece, start, min(start + step, piece.count))
 
@@ -131,21 +129,39 @@ class Sums:
         Raises:
             AdapterError: a value that leaves the range of its type.
         """
-        piece = block.piece
-        if piece.unchanged:
+        if block.piece.unchanged:
             return data
-        self._turn_to(piece)
+        self._turn_to(block.piece)
+        written = [self._part(block, data, start, stop) for start, stop in _parts(block)]
+        return torch.cat(written) if len(written) > 1 else written[0]
+
+    def _part(self, block: Block, data: Tensor, start: int, stop: int) -> Tensor:
+        """Rows start … stop, few enough for what is computed on the way to stay in the processor's cache."""
+        piece = block.piece
         if self._dequantized is not None:
-            weight = self._dequantized[block.start : block.stop]
+            weight = self._dequantized[start:stop]
         else:
-            weight = _matrix(data, piece, block.stop - block.start).float()
-        delta = self._delta(block)
-        written, decoded = self._encode(piece, weight if delta is None else weight + delta)
-        if not bool(torch.isfinite(decoded).all()):
+            weight = _matrix(data, piece, block.stop - block.start)[start - block.start : stop - block.start].float()
+        total, lost = self._sum(piece, weight, start, stop)
+        written, decoded = self._encode(piece, total)
+        error = decoded - total if lost is None else lost
+        squared = float(torch.dot(error.view(-1), error.view(-1)))
+        if not isfinite(squared):
             raise AdapterError(f"{piece.name}: values beyond what {piece.dtype} holds; export it as fp32 or bf16")
-        if delta is not None and piece.module is not None:
-            self.rounding.errors[piece.module] += _squared_error(decoded, weight, delta)
+        if piece.module is not None:
+            self.rounding.errors[piece.module] += squared
         return written
+
+    def _sum(self, piece: Piece, weight: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Weight + delta in fp32; and what is lost by that, where nothing else is lost after it."""
+        if self._factors is None:
+            return weight, None
+        A, B = self._factors.A, self._factors.B
+        left, right = (A.t(), B.t()) if piece.transposed else (B, A)
+        if piece.dtype != "F32":
+            return weight.addmm_(left[start:stop], right), None  # in memory that nobody else reads
+        delta = left[start:stop] @ right
+        return weight + delta, _lost(weight, delta)
 
     def _turn_to(self, piece: Piece) -> None:
         if piece is self._piece:
@@ -165,13 +181,6 @@ class Sums:
         weight = _matrix(self._files.read(piece.source, piece.entry.start, piece.entry.end), piece, piece.count)
         return weight.t().contiguous() if piece.transposed else weight
 
-    def _delta(self, block: Block) -> Tensor | None:
-        if self._factors is None:
-            return None
-        A, B = self._factors.A, self._factors.B
-        left, right = (A.t(), B.t()) if block.piece.transposed else (B, A)
-        return left[block.start : block.stop] @ right
-
 
 def told(found: Iterator[Block], size: Callable[[Piece], int], total: int, tell: Tell) -> Iterator[Block]:
     """The blocks, telling in the caller's thread how many of all bytes are under way or written."""
@@ -186,10 +195,22 @@ def _matrix(data: Tensor, piece: Piece, rows: int) -> Tensor:
     return data.view(DTYPES[piece.entry.dtype]).view(rows, -1)
 
 
-def _squared_error(decoded: Tensor, weight: Tensor, delta: Tensor) -> float:
-    """‖decoded - (weight + delta)‖², without an error of its own: what fp32 loses in the sum is found again (Knuth)."""
+def _parts(block: Block) -> Iterator[tuple[int, int]]:
+    """Rows of the block to work on at a time, whole attention heads together."""
+    width = max(1, prod(block.piece.entry.shape[1:]))
+    step = _whole_heads(block.piece, nf4.chunk_size(torch.device("cpu")) // width)
+    for start in range(block.start, max(block.stop, block.start + 1), step):
+        yield start, min(start + step, block.stop)
+
+
+def _whole_heads(piece: Piece, rows: int) -> int:
+    """The next smaller number of rows that tears no attention head, and at least one."""
+    size = piece.count // piece.heads if piece.heads else 1
+    return max(1, rows // size) * size
+
+
+def _lost(weight: Tensor, delta: Tensor) -> Tensor:
+    """(weight + delta) - fp32(weight + delta), exactly (Knuth's two-sum)."""
     total = weight + delta
     taken = total - weight
-    lost = (weight - (total - taken)) + (delta - taken)
-    error = (decoded - total) - lost
-    return float((error * error).sum(dtype=torch.float64))
+    return (weight - (total - taken)).add_(delta - taken)
