@@ -1,4 +1,4 @@
-"""Fused passes for CPUs, compiled from `kernels.cpp` on first use; without a C++ compiler PyTorch's operations serve.
+"""Fused passes for CPUs, compiled from `native/` on first use; without a C++ compiler PyTorch's operations serve.
 
 A norm, a rotation, a gated activation, a softmax and attention each take PyTorch several operations with a result in
 memory every time; here each is one pass over its rows. The library is compiled for this processor, once, into the
@@ -25,7 +25,7 @@ from torch import Tensor
 from lora_engine.packing import AttentionGroup
 
 log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = sorted(Path(__file__).with_name("native").iterdir())
 _FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 # Compilers that do not know the processor yet would take it for an older one of half the vector width.
 _WIDE = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
@@ -87,7 +87,7 @@ def _digest(command: list[str]) -> str:
     """Of everything that decides what is compiled: the source, the compiler, its options, and this processor."""
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=_COMPILE_SECONDS)
     facts = [
-        _SOURCE.read_bytes(),
+        *(source.read_bytes() for source in _SOURCES),
         version.stdout,
         *(text.encode() for text in (*command, platform.machine(), _features())),
     ]
@@ -111,7 +111,7 @@ def _cache() -> Path:
 def _compile(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder, path.name)
-        whole = [*command, "-o", str(made), str(_SOURCE)]
+        whole = [*command, "-o", str(made), *(str(source) for source in _SOURCES if source.suffix == ".cpp")]
         done = subprocess.run(whole, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
         if done.returncode:
             raise OSError(f"{command[0]} ended with {done.returncode}: {done.stderr[:300]}")
