@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_engine.adapter_header import LINEAGE
 from lora_engine.errors import AdapterError
 from lora_engine.exporting import base as bases
-from lora_engine.exporting import companions, gguf_adapter, gguf_layout, gguf_model, merged, parity, peft
+from lora_engine.exporting import card, companions, gguf_adapter, gguf_layout, gguf_model, merged, parity, peft
 from lora_engine.exporting.base import Base
 from lora_engine.exporting.config import ExportConfig, ExportSpec, gap_limit
 from lora_engine.exporting.deltas import Deltas
@@ -76,10 +77,11 @@ def export(spec: ExportSpec, tell: Tell | None = None) -> dict[str, Any]:
     with published(output) as temporary:
         facts = _FORMATS[spec.export.format](job, temporary)
         result = {**_facts(job), **facts}
+        (temporary / "README.md").write_text(card.text(result), encoding="utf-8")
+        _write_json(temporary / LINEAGE, card.lineage(result))
         result["files"] = sorted([*(path.name for path in temporary.iterdir()), CERTIFICATE])
         result["bytes"] = sum(path.stat().st_size for path in temporary.iterdir())
-        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (temporary / CERTIFICATE).write_text(text, encoding="utf-8")
+        _write_json(temporary / CERTIFICATE, result)
     return result
 
 
@@ -218,6 +220,10 @@ def _parity(job: Job, reference: Tensor, model: Any, precision: str, advice: str
     limit = gap_limit(job.config, precision)
     parity.check(measured, limit, advice)
     return {**asdict(measured), "limit": limit}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _check_room(folder: Path, needed: int) -> None:
