@@ -1,29 +1,18 @@
-"""Adapters as files: PEFT's LoRA layout, written so that every loader computes the same delta.
+"""An adapter in memory: the factors of every module as tensors, and what scales them. Its files: `adapter_folder`."""
 
-    adapter_config.json         PEFT's config, in the portable profile of `peft_config.portable`
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (rank × in) and .lora_B.weight (out × rank)
-    README.md                   the model card
-    lineage.json                base model's name and digest, and how the adapter came to be
-
-Same adapter, same bytes: no time stamps, keys in a fixed order.
-"""
-
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_engine import peft_config
-from lora_engine.adapter_header import CONFIG, FACTORS, LINEAGE, PREFIX, WEIGHTS, Header, inspect
+from lora_engine import adapter_folder, peft_config
+from lora_engine.adapter_header import Header, inspect
+from lora_engine.adapter_header import digest as digest
 from lora_engine.errors import AdapterError
-from lora_engine.folders import published
+from lora_engine.safetensors_file import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,26 +60,14 @@ def delta(adapter: Adapter, module: str) -> Tensor:
     return scaling(adapter, module) * (weights.B.double() @ weights.A.double())
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 over what the adapter computes with: its config and its weights, by name and content."""
-    total = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        with (folder / name).open("rb") as file:
-            total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
 def load_module(header: Header, module: str) -> LoraWeights:
     """The factors of one module, fp32, in memory of their own.
 
     Raises:
         AdapterError: a value that is not finite.
     """
-    with safe_open(header.folder / WEIGHTS, framework="pt") as file:
-        # `clone` lets go of the mapped file, whose pages would otherwise stay resident.
-        A, B = (file.get_tensor(f"{PREFIX}{module}{factor}").to(torch.float32).clone() for factor in FACTORS)
-    _check_finite(module, A, B)
-    return LoraWeights(A, B)
+    A, B = adapter_folder.load_module(header, module)
+    return LoraWeights(torch.from_numpy(A), torch.from_numpy(B))
 
 
 def read(folder: Path) -> Adapter:
@@ -126,23 +103,17 @@ def write(
     for module, weights in adapter.weights.items():
         if weights.A.ndim != 2 or weights.B.ndim != 2 or weights.A.shape[0] != weights.B.shape[1]:
             raise AdapterError(f"{module}: A {tuple(weights.A.shape)} and B {tuple(weights.B.shape)} do not fit")
-        _check_finite(module, weights.A, weights.B)
-    name, uniform = adapter.base_model_name, portable(adapter)
-    rank, alpha = uniform.rank, int(uniform.alpha)
-    config = peft_config.portable(rank, alpha, name, sorted(set(adapter.target_modules) or adapter.weights))
-    facts = {"base_model": name, "base_digest": adapter.base_digest, **lineage}
-    tensors = {
-        f"{PREFIX}{module}{factor}": tensor.contiguous()
-        for module, weights in uniform.weights.items()
-        for factor, tensor in zip(FACTORS, (weights.A, weights.B), strict=True)
-    }
-    with published(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(_dump_json(config), encoding="utf-8")
-        (temporary / LINEAGE).write_text(_dump_json(dict(sorted(facts.items()))), encoding="utf-8")
-        for extra, text in (files or {}).items():
-            (temporary / extra).write_text(text, encoding="utf-8")
-        (temporary / "README.md").write_text(_card(name, rank, alpha, config), encoding="utf-8")
+    uniform = portable(adapter)
+    adapter_folder.write(
+        folder,
+        {module: (_numpy(weights.A), _numpy(weights.B)) for module, weights in uniform.weights.items()},
+        alpha=int(uniform.alpha),
+        base_model_name=adapter.base_model_name,
+        base_digest=adapter.base_digest,
+        target_modules=adapter.target_modules,
+        lineage=lineage,
+        files=files,
+    )
 
 
 def portable(adapter: Adapter) -> Adapter:
@@ -168,36 +139,6 @@ def _folded(adapter: Adapter, module: str, rank: int) -> LoraWeights:
     return LoraWeights(A, B)
 
 
-def _check_finite(module: str, *tensors: Tensor) -> None:
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise AdapterError(f"{module}: weights are not finite")
-
-
-def _dump_json(value: Any) -> str:
-    # Not sorted: of several entries of a rank pattern the last one counts.
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _card(base_model: str, rank: int, alpha: int, config: Mapping[str, Any]) -> str:
-    return f"""---
-base_model: {json.dumps(base_model)}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
----
-
-# A LoRA adapter for {base_model}
-
-Rank {rank}, alpha {alpha}, on {", ".join(config["target_modules"][:8])}{" …" if config["target_modules"][8:] else ""}.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({json.dumps(base_model)})
-model = PeftModel.from_pretrained(base, "this folder")
-```
-
-`lineage.json` says how it came to be.
-"""
+def _numpy(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+    return array

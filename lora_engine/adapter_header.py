@@ -1,21 +1,21 @@
 """What an adapter folder says of itself, read from its config and the safetensors header before a tensor moves."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from lora_engine import peft_config, strict_json
 from lora_engine.errors import AdapterError
+from lora_engine.name_patterns import NAME
+from lora_engine.safetensors_file import FLOATS, Entry, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "lineage.json"
 PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-_DTYPES = ("F32", "F16", "BF16")  # what fp32 holds exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,13 @@ class ModuleHeader:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """An adapter folder, checked without reading a tensor."""
+    """An adapter folder, checked without reading a tensor. `tensors` says where in `WEIGHTS` each one lies."""
 
     folder: Path
     settings: peft_config.Settings
     modules: dict[str, ModuleHeader]
     base_digest: str | None
+    tensors: Mapping[str, Entry]
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -49,18 +50,44 @@ def inspect(folder: Path) -> Header:
     Raises:
         AdapterError: files missing or torn, a setting whose effect cannot be kept, tensors that do not fit the config.
     """
-    settings = peft_config.parse(_load_json(folder / CONFIG))
+    config = _load_json(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         raise AdapterError(f"{folder.name}: {WEIGHTS} is missing; other weight formats (.bin, .pt) are not read")
-    shapes = _shapes(folder / WEIGHTS)
-    modules = {name: _module_header(name, shapes, settings) for name in _module_names(shapes)}
+    lineage = _load_json(folder / LINEAGE) if (folder / LINEAGE).exists() else {}
+    return check(folder, config, read_header(folder / WEIGHTS), lineage)
+
+
+def check(folder: Path, config: Any, tensors: Mapping[str, Entry], lineage: Any) -> Header:
+    """As `inspect`, of what was read already: the decoded config and lineage, and the entries of the weights' header.
+
+    The files need not be there: a service reads the first bytes of what lies in its storage.
+
+    Raises:
+        AdapterError: as `inspect` does.
+    """
+    settings = peft_config.parse(config)
+    for key, entry in tensors.items():
+        if entry.dtype not in FLOATS:
+            raise AdapterError(f"{key}: weights of type {entry.dtype} are not read")
+    modules = {name: _module_header(name, tensors, settings) for name in _module_names(tensors)}
     if not modules:
         raise AdapterError(f"{folder.name}: {WEIGHTS} holds no LoRA weights")
     for name in modules if settings.target_modules else ():
         if not any(targets(target, name) for target in settings.target_modules):
             raise AdapterError(f"{folder.name}: weights of {name}, which target_modules does not name")
-    lineage = _load_json(folder / LINEAGE) if (folder / LINEAGE).exists() else {}
-    return Header(folder, settings, modules, lineage.get("base_digest") if isinstance(lineage, dict) else None)
+    base_digest = lineage.get("base_digest") if isinstance(lineage, dict) else None
+    if not isinstance(base_digest, str | None):
+        raise AdapterError(f"{folder.name}: {LINEAGE}: base_digest is not a string")
+    return Header(folder, settings, modules, base_digest, tensors)
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over what the adapter computes with: its config and its weights, by name and content."""
+    total = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        with (folder / name).open("rb") as file:
+            total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def targets(target: str, module: str) -> bool:
@@ -68,30 +95,20 @@ def targets(target: str, module: str) -> bool:
     return module == target or module.endswith(f".{target}")
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            for key, item in slices.items():
-                if item.get_dtype() not in _DTYPES:
-                    raise AdapterError(f"{key}: weights of type {item.get_dtype()} are not read")
-            return {key: tuple(item.get_shape()) for key, item in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path.name}: {error}") from None
-
-
-def _module_names(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _module_names(tensors: Mapping[str, Entry]) -> list[str]:
     names = set()
-    for key in shapes:
+    for key in tensors:
         factor = next((factor for factor in FACTORS if key.endswith(factor)), None)
         if factor is None or not key.startswith(PREFIX):
             raise AdapterError(f"{key}: not a LoRA weight of a linear layer")
         names.add(key.removeprefix(PREFIX).removesuffix(factor))
+        if not NAME.fullmatch(key):
+            raise AdapterError(f"{key}: not the name of a module")
     return sorted(names)
 
 
-def _module_header(module: str, shapes: Mapping[str, tuple[int, ...]], settings: peft_config.Settings) -> ModuleHeader:
-    A, B = (shapes.get(f"{PREFIX}{module}{factor}") for factor in FACTORS)
+def _module_header(module: str, tensors: Mapping[str, Entry], settings: peft_config.Settings) -> ModuleHeader:
+    A, B = (tensors[key].shape if (key := f"{PREFIX}{module}{factor}") in tensors else None for factor in FACTORS)
     if A is None or B is None:
         raise AdapterError(f"{module}: {'lora_A' if A is None else 'lora_B'} is missing")
     rank, alpha = settings.rank_of(module), settings.alpha_of(module)

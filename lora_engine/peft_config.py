@@ -3,13 +3,13 @@
 A setting this reader does not know must be off: a key that silently changes the delta would make every sum wrong.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any
 
 from lora_engine.errors import AdapterError
+from lora_engine.name_patterns import NamePatterns
 
 # They say how the adapter was made or is run, and change nothing in scaling · B · A.
 _WITHOUT_EFFECT = {
@@ -32,16 +32,16 @@ class Settings:
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, Any]
-    alpha_pattern: Mapping[str, Any]
+    rank_pattern: NamePatterns[Any]
+    alpha_pattern: NamePatterns[Any]
     base_model_name: str
     target_modules: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
-        return _positive_int(_matched(self.rank_pattern, module, self.rank), f"the rank of {module}")
+        return _positive_int(self.rank_pattern.first(module, self.rank), f"the rank of {module}")
 
     def alpha_of(self, module: str) -> float:
-        return _number(_matched(self.alpha_pattern, module, self.alpha), f"the alpha of {module}")
+        return _number(self.alpha_pattern.first(module, self.alpha), f"the alpha of {module}")
 
 
 def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -69,8 +69,8 @@ def parse(config: Any) -> Settings:
         rank=_positive_int(config.get("r"), "r"),
         alpha=_number(config.get("lora_alpha"), "lora_alpha"),
         use_rslora=_flag(config, "use_rslora"),
-        rank_pattern=_mapping(config, "rank_pattern"),
-        alpha_pattern=_mapping(config, "alpha_pattern"),
+        rank_pattern=_patterns(config, "rank_pattern"),
+        alpha_pattern=_patterns(config, "alpha_pattern"),
         base_model_name=str(config.get("base_model_name_or_path") or ""),
         target_modules=_targets(config),
     )
@@ -132,22 +132,14 @@ def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def _matched(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The first pattern that matches wins, as in peft.utils.other.get_pattern_key."""
-    for key, value in pattern.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error:
-            raise AdapterError(f"adapter_config.json: {key[:60]!r} is not a regular expression") from None
-    return default
-
-
-def _mapping(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _patterns(config: Mapping[str, Any], name: str) -> NamePatterns[Any]:
     value = config.get(name) or {}
     if not isinstance(value, dict):
         raise AdapterError(f"adapter_config.json: {name} must be an object")
-    return value
+    try:
+        return NamePatterns(value)
+    except AdapterError as error:
+        raise AdapterError(f"adapter_config.json: {name}: {error.message}") from None
 
 
 def _positive_int(value: Any, name: str) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Array: TypeAlias = NDArray[np.float32]
+Array: TypeAlias = "NDArray[np.float32]"
 
 MAX_HEADER_BYTES = 16_000_000
 MAX_TENSORS = 100_000
