@@ -1,4 +1,4 @@
-"""Work on adapters that is done by workers: exports, searches for weights, verifications. Merges are in `merges`."""
+"""Work on adapters that is left to workers: exports, searches, extractions, verifications. Merges: see `merges`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 from lora_engine.errors import SpecError
 from lora_engine.exporting.config import ExportConfig
 from lora_engine.fields import bounded, bounded_values, to_mapping
-from lora_engine.merging.config import MAX_WEIGHT
+from lora_engine.merging.config import MAX_WEIGHT, ExtractConfig
 from lora_engine.weight_search_config import SearchConfig
-from service import adapters, datasets, jobs, sources
+from service import adapters, base_models, datasets, jobs, sources
 from service.errors import Invalid
 from service.jobs import Idempotency
 from service.models import Adapter, AdapterParent, Job
@@ -65,6 +65,24 @@ class SearchRequest(SearchConfig):
         jobs.check_name(self.name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtractRequest(ExtractConfig):
+    """The body of ``POST /adapters/extract``: how to approximate (`ExtractConfig`), and what.
+
+    Attributes:
+        base_model, tuned_model: ids of the catalogue, of one architecture; the adapter is on `base_model`.
+        name: of the job and of its adapter.
+    """
+
+    base_model: str
+    tuned_model: str
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        jobs.check_name(self.name)
+
+
 def submit_export(
     session: Session, owner_id: str, adapter_id: str, request: ExportRequest, idempotency: Idempotency | None = None
 ) -> tuple[Job, bool]:
@@ -111,6 +129,32 @@ def submit_search(
             base_model_id=found[0].base_model_id,
             dataset_id=request.dataset,
             parents=sources.lineage(asked, found),
+        )
+
+    return jobs.submit(session, owner_id, build, idempotency)
+
+
+def submit_extraction(
+    session: Session, owner_id: str, request: ExtractRequest, idempotency: Idempotency | None = None
+) -> tuple[Job, bool]:
+    """Queue the extraction of an adapter from two full models. Returns the job and whether it is new.
+
+    Raises:
+        Invalid: a model that is not in the catalogue, or two with other layers.
+    """
+
+    def build() -> Job:
+        base = base_models.catalogued(session, request.base_model)
+        tuned = base_models.catalogued(session, request.tuned_model, "tuned_model")
+        if tuned.digest == base.digest:
+            raise Invalid("tuned_model: its files are those of the base model", param="tuned_model")
+        if tuned.modules != base.modules:
+            raise Invalid("tuned_model: its layers are not those of the base model", param="tuned_model")
+        return Job(
+            kind="extract",
+            name=request.name or f"{tuned.id} as an adapter",
+            spec={"tuned_model": tuned.id, **to_mapping(_part(ExtractConfig, request))},
+            base_model_id=base.id,
         )
 
     return jobs.submit(session, owner_id, build, idempotency)

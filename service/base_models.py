@@ -127,6 +127,7 @@ def remove(session: Session, base_model_id: str) -> None:
         Conflict: jobs name it, and their adapters need to know what they belong to.
     """
     row = get(session, base_model_id)
-    if session.scalar(select(Job.id).where(Job.base_model_id == base_model_id).limit(1)) is not None:
+    tuned = Job.spec["tuned_model"].as_string() == base_model_id
+    if session.scalar(select(Job.id).where((Job.base_model_id == base_model_id) | tuned).limit(1)) is not None:
         raise Conflict(f"jobs were made with {base_model_id}; it stays in the catalogue", code="in_use")
     session.delete(row)

@@ -144,6 +144,12 @@ SEARCH: dict[str, Any] = {
     "steps": 40,
     "name": "support in our style",
 }
+EXTRACT: dict[str, Any] = {
+    "base_model": "smollm2-135m-instruct",
+    "tuned_model": "smollm2-135m-support",
+    "rank": 32,
+    "name": "support",
+}
 EXPORT: dict[str, Any] = {"format": "gguf-merged", "gguf_type": "Q8_0", "name": "support for llama.cpp"}
 DATASET_LINE = (
     '{"messages": [{"role": "user", "content": "Where is my order?"}, '

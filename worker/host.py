@@ -28,7 +28,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _VERBS: dict[str, Callable[[dict[str, Any], WarmBase, HostChannel], None]] = {
     "train": training.train,
     "merge": merging.merge,
+    "search": merging.search,
+    "extract": merging.extract,
     "export": exporting.export,
+    "verify": exporting.verify,
 }
 log = logging.getLogger(__name__)
 

@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from lora_engine import weight_search
 from lora_engine.fields import from_mapping
+from lora_engine.merging import extract as engine_extract
 from lora_engine.merging import merge as engine_merge
-from lora_engine.merging.config import MergeSpec
+from lora_engine.merging.config import ExtractSpec, MergeSpec
+from lora_engine.weight_search_config import SearchSpec
 from worker.channel import HostChannel
 from worker.telling import teller
 from worker.training import adapter_result
-from worker.warm_base import WarmBase
+from worker.warm_base import WarmBase, verified
 
 
 def merge(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:  # noqa: ARG001 - verbs look alike
@@ -17,4 +20,23 @@ def merge(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None: 
     spec = from_mapping(MergeSpec, order["spec"])
     channel.send("phase", phase="merging")
     metrics = engine_merge.merge(spec, teller(channel))
+    channel.send("finished", **adapter_result(Path(spec.output), metrics))
+
+
+def search(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
+    """Find the weights of a stack on the warm base model. News: phase, progress …, then finished."""
+    spec = from_mapping(SearchSpec, order["spec"])
+    base = warm.get(order["base"], spec.search.training, channel)
+    channel.send("phase", phase="searching weights")
+    metrics = weight_search.search(spec, teller(channel), base)
+    channel.send("finished", **adapter_result(Path(spec.output), metrics))
+
+
+def extract(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:  # noqa: ARG001
+    """An adapter from two full models. News: phase, progress …, then finished."""
+    spec = from_mapping(ExtractSpec, order["spec"])
+    for base in (order["base"], order["tuned"]):
+        verified(base, channel)
+    channel.send("phase", phase="extracting")
+    metrics = engine_extract.extract(spec, teller(channel))
     channel.send("finished", **adapter_result(Path(spec.output), metrics))

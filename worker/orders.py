@@ -63,6 +63,41 @@ def _export(database: Database, storage: Storage, claim: Claim, folder: Path) ->
     return {"spec": spec, "base": _pinned(base)}
 
 
+def _search(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:
+    job, base = _job(database, claim)
+    with database.reading() as session:
+        dataset = session.get_one(Dataset, job.dataset_id)
+    spec = {
+        "base_model": base.folder,
+        "dataset": _fetch_dataset(storage, dataset, folder),
+        "adapters": [source["path"] for source in _fetch_sources(database, storage, claim, folder)],
+        "output": str(folder / "result"),
+        "search": job.spec["search"],
+    }
+    return {"spec": spec, "base": _pinned(base)}
+
+
+def _extract(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:  # noqa: ARG001
+    job, base = _job(database, claim)
+    with database.reading() as session:
+        tuned = session.get_one(BaseModel, job.spec["tuned_model"])
+    folders = {"base_model": base.folder, "tuned_model": tuned.folder, "output": str(folder / "result")}
+    return {
+        "spec": job.spec | folders | {"base_model_name": base.source},
+        "base": _pinned(base),
+        "tuned": _pinned(tuned),
+    }
+
+
+def _verify(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:
+    job, _ = _job(database, claim)
+    paths = [source["path"] for source in _fetch_sources(database, storage, claim, folder)]
+    with database.reading() as session:
+        made = session.get_one(Adapter, job.spec["adapter"])
+    adapters.fetch(storage, made, folder / made.id)
+    return {"adapter": str(folder / made.id), "sources": paths, "output": str(folder / "result")}
+
+
 def _job(database: Database, claim: Claim) -> tuple[Job, BaseModel]:
     with database.reading() as session:
         job = session.get_one(Job, claim.job_id)
@@ -82,7 +117,11 @@ def _fetch_sources(database: Database, storage: Storage, claim: Claim, folder: P
     for adapter in found.values():
         adapters.fetch(storage, adapter, folder / adapter.id)
     return [
-        {"path": str(folder / source["adapter"]), "weight": source["weight"], "weights": source.get("weights", {})}
+        {
+            "path": str(folder / source["adapter"]),
+            "weight": source.get("weight", 1.0),
+            "weights": source.get("weights", {}),
+        }
         for source in asked
     ]
 
@@ -115,5 +154,8 @@ def _fetch_newest_checkpoint(database: Database, storage: Storage, claim: Claim,
 _ORDERS: dict[str, Callable[[Database, Storage, Claim, Path], dict[str, Any]]] = {
     "train": _training,
     "merge": _merge,
+    "search": _search,
+    "extract": _extract,
     "export": _export,
+    "verify": _verify,
 }

@@ -40,6 +40,23 @@ def search_weights(
 
 
 @router.post(
+    "/extract",
+    status_code=202,
+    summary="Extract an adapter from a tuned model",
+    responses=_REFUSALS,
+    openapi_extra=body_schema(adapter_jobs.ExtractRequest, schema_examples.EXTRACT),
+)
+def extract_adapter(
+    caller: Caller, parts: Inside, body: JsonBody, response: Response, key: IdempotencyHeader = None
+) -> schemas.Job:
+    """Queue an extraction: the adapter that comes closest to the difference of two full models of the catalogue."""
+    request = parse(adapter_jobs.ExtractRequest, body)
+    with parts.database.unit_of_work() as session:
+        result = adapter_jobs.submit_extraction(session, caller.user_id, request, idempotency(body, key))
+        return submitted(session, result, response)
+
+
+@router.post(
     "/{adapter_id}/export",
     status_code=202,
     summary="Export an adapter",

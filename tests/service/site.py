@@ -87,6 +87,7 @@ class Site:
         source = folder / claim.job_id
         source.mkdir()
         for name, content in files.items():
+            (source / name).parent.mkdir(exist_ok=True)
             (source / name).write_bytes(content)
         prefix = leases.result_prefix(claim, "artifact" if rank is None else "adapter")
         stored = put_folder(self.storage, prefix, source)

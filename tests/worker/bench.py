@@ -16,7 +16,7 @@ from service import base_models, datasets, jobs, merges
 from service.db import Database
 from service.jobs import TrainingRequest
 from service.merges import MergeRequest
-from service.models import Adapter, Checkpoint, Job, JobEvent
+from service.models import Adapter, Artifact, Checkpoint, Job, JobEvent
 from service.settings import Settings
 from service.storage import open_storage
 from tests.service import rows
@@ -70,6 +70,15 @@ class Bench:
         request = from_mapping(MergeRequest, body)
         return merges.merge(self.database, self.storage, self.settings, self.owner, request).job.id
 
+    def adapter_job(self, submit: Callable[..., tuple[Job, bool]], *arguments: Any) -> str:
+        """One of `adapter_jobs`, queued."""
+        with self.database.unit_of_work() as session:
+            return submit(session, self.owner, *arguments)[0].id
+
+    def artifact(self, job_id: str) -> Artifact:
+        with self.database.reading() as session:
+            return session.scalars(select(Artifact).where(Artifact.job_id == job_id)).one()
+
     def run(self) -> None:
         self.supervisor.work()
 
@@ -116,7 +125,7 @@ class Bench:
             rows = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
             return list(session.scalars(rows.order_by(JobEvent.seq)))
 
-    def download(self, adapter: Adapter, folder: Path) -> Path:
+    def download(self, adapter: Adapter | Artifact, folder: Path) -> Path:
         folder.mkdir(parents=True)
         for file in adapter.files:
             (folder / file["name"]).write_bytes(b"".join(self.storage.read(f"{adapter.prefix}/{file['name']}")))

@@ -1,0 +1,188 @@
+"""Work on adapters from claim to end, with the real host and the real engine; and what ends it early."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_engine import base_files
+from service import adapter_jobs
+from service.adapter_jobs import ExportRequest, ExtractRequest, SearchRequest
+from service.models import Adapter
+from tests.service.adapter_files import deltas
+from tests.tiny_model import make_tiny_model
+from tests.worker.bench import Bench
+from worker import host, merging
+from worker.channel import News
+from worker.telling import Stopped, teller
+from worker.warm_base import WarmBase
+
+
+@pytest.fixture(scope="module")
+def pair(bench: Bench) -> list[Adapter]:
+    """Two trained adapters of different ranks and modules."""
+    submitted = [
+        bench.submit(lora={"rank": 4}, epochs=1),
+        bench.submit(lora={"rank": 2, "target_modules": ["q_proj"], "use_rslora": True}, seed=3, epochs=1),
+    ]
+    bench.run()
+    return [bench.adapter(job_id) for job_id in submitted]
+
+
+def test_a_compressed_merge_tells_its_progress_and_its_error(bench: Bench, pair: list[Adapter]) -> None:
+    job_id = bench.merge((pair[0].id, 0.75), (pair[1].id, -1.5), method="linear", rank=3)
+    bench.run()
+    job, made = bench.job(job_id), bench.adapter(job_id)
+    assert (job.state, made.kind, made.rank) == ("succeeded", "merge", 3)
+    assert job.step == job.total_steps == made.metrics["modules"]
+    assert 0 < made.metrics["certificate"]["frobenius"] < 1
+    assert made.metrics["recipe_digest"] == job.recipe_digest
+    parents = {parent["digest"]: parent["weight"] for parent in bench.lineage(made)["parents"]}
+    assert parents == {pair[0].digest: 0.75, pair[1].digest: -1.5}
+    assert {"certificate.json", "lineage.json"} <= {file["name"] for file in made.files}
+
+
+def test_a_nonlinear_merge(bench: Bench, pair: list[Adapter]) -> None:
+    job_id = bench.merge((pair[0].id, 1), (pair[1].id, 1), method="ties", density=0.5)
+    bench.run()
+    assert bench.job(job_id).state == "succeeded", bench.messages(job_id)
+
+
+def test_a_certificate_holds_when_it_is_computed_again(bench: Bench, pair: list[Adapter], tmp_path: Path) -> None:
+    merged = bench.merge((pair[0].id, 1), (pair[1].id, 2), method="linear", rank=2)
+    bench.run()
+    job_id = bench.adapter_job(adapter_jobs.submit_verification, bench.adapter(merged).id)
+    bench.run()
+    artifact = bench.artifact(job_id)
+    report = json.loads((bench.download(artifact, tmp_path / "files") / "verification.json").read_bytes())
+    assert (artifact.kind, artifact.metrics, report["verified"]) == ("verify", report, True)
+
+
+def test_an_export_is_an_artifact_of_its_adapters(bench: Bench, pair: list[Adapter], tmp_path: Path) -> None:
+    request = ExportRequest(format="merged", dtype="fp32", weight=0.5, name="whole")
+    job_id = bench.adapter_job(adapter_jobs.submit_export, pair[0].id, request)
+    bench.run()
+    job, artifact = bench.job(job_id), bench.artifact(job_id)
+    assert (job.state, artifact.kind, artifact.name) == ("succeeded", "export", "whole"), bench.messages(job_id)
+    assert job.step == job.total_steps
+    folder = bench.download(artifact, tmp_path / "model")
+    assert (folder / "config.json").exists()
+    assert list(folder.glob("model*.safetensors"))
+    assert artifact.digest == base_files.digest_of(artifact.files)
+    assert artifact.metrics["format"] == "merged"
+
+
+def test_an_export_that_cannot_be_fails_with_the_reason(bench: Bench, pair: list[Adapter]) -> None:
+    request = ExportRequest(format="merged", dtype="bf16", max_gap=1e-9)
+    job_id = bench.adapter_job(adapter_jobs.submit_export, pair[0].id, request)
+    bench.run()
+    job = bench.job(job_id)
+    assert (job.state, job.error_category) == ("failed", "user"), bench.messages(job_id)
+    assert "at most 1e-09 is allowed" in str(job.error_message)
+
+
+def test_a_search_leaves_the_stack_and_the_table(bench: Bench, pair: list[Adapter]) -> None:
+    request = SearchRequest(
+        adapters=[adapter.id for adapter in pair], dataset=bench.dataset, steps=2, sequence_length=128, global_batch=4
+    )
+    job_id = bench.adapter_job(adapter_jobs.submit_search, request)
+    bench.run()
+    job = bench.job(job_id)
+    assert job.state == "succeeded", bench.messages(job_id)
+    made = bench.adapter(job_id)
+    assert (made.kind, made.rank) == ("search", 6)
+    assert {row["name"] for row in made.metrics["table"]} >= {"single", "found"}
+    assert "weight_search.json" in {file["name"] for file in made.files}
+
+
+def test_an_adapter_is_extracted_from_an_export(bench: Bench, pair: list[Adapter], tmp_path: Path) -> None:
+    export = bench.adapter_job(
+        adapter_jobs.submit_export, pair[0].id, ExportRequest(format="merged", dtype="fp32", weight=1.0)
+    )
+    bench.run()
+    folder = bench.download(bench.artifact(export), tmp_path / "tuned")
+    bench.add_base_model("tuned", folder)
+    request = ExtractRequest(base_model="tiny", tuned_model="tuned", rank=4)
+    job_id = bench.adapter_job(adapter_jobs.submit_extraction, request)
+    bench.run()
+    assert bench.job(job_id).state == "succeeded", bench.messages(job_id)
+    before = deltas(bench.download(pair[0], tmp_path / "before"))
+    after = deltas(bench.download(bench.adapter(job_id), tmp_path / "after"))
+    assert set(after) == set(before)
+    for name, delta in before.items():
+        assert abs(after[name] - delta).max() < 1e-5 * abs(delta).max() + 1e-6
+
+
+class _Channel:
+    """A host's end of the channel that nobody listens to; `stop` is given after so many messages."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.sent: list[News] = []
+        self._stop_after = stop_after
+
+    @property
+    def stop(self) -> str | None:
+        return "abandon" if self._stop_after is not None and len(self.sent) >= self._stop_after else None
+
+    def send(self, event: str, **data: Any) -> None:
+        self.sent.append(News(event, data))
+
+
+def merge_order(bench: Bench, pair: list[Adapter], folder: Path) -> dict[str, Any]:
+    paths = [bench.download(adapter, folder / adapter.id) for adapter in pair]
+    adapters = [{"path": str(path), "weight": 1.0} for path in paths]
+    return {"spec": {"adapters": adapters, "output": str(folder / "result"), "method": "linear", "rank": 2}}
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_cancel_half_way_leaves_nothing(
+    bench: Bench, pair: list[Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    monkeypatch.setattr("worker.telling._SECONDS", 0.0)
+    order, channel = merge_order(bench, pair, tmp_path), _Channel(stop_after)
+    warm = WarmBase("cpu", 0)
+    host._carry_out(News("merge", order), channel, warm)  # type: ignore[arg-type]
+    assert [news.event for news in channel.sent][-1] == "stopped"
+    assert {path.name for path in tmp_path.iterdir()} == {adapter.id for adapter in pair}
+    again = _Channel()
+    merging.merge(order, warm, again)  # type: ignore[arg-type]
+    assert [news.event for news in again.sent][-1] == "finished"
+
+
+def test_what_is_told_is_not_told_too_often() -> None:
+    channel = _Channel()
+    tell = teller(channel)  # type: ignore[arg-type]
+    for done in range(1, 1001):
+        tell(done, 1000)
+    assert len(channel.sent) < 10
+    assert channel.sent[-1].data == {"step": 1000, "total_steps": 1000}
+    stopped = teller(_Channel(stop_after=0))  # type: ignore[arg-type]
+    with pytest.raises(Stopped):
+        stopped(1, 2)
+
+
+def test_a_full_disk_fails_the_job_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for verb, event in (("export", "failed"), ("train", "interrupted")):
+        monkeypatch.setitem(host._VERBS, verb, full)
+        channel = _Channel()
+        host._carry_out(News(verb, {}), channel, WarmBase("cpu", 0))  # type: ignore[arg-type]
+        assert [news.event for news in channel.sent] == [event]
+    assert channel.sent[0].data["code"] == "io_error"
+
+
+def test_an_altered_base_model_is_not_exported(bench: Bench, pair: list[Adapter], tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", seed=5)
+    pinned = base_files.digest(model)
+    (model / "generation_config.json").write_text("{}")
+    channel = _Channel()
+    order = {"spec": {"base_model": str(model), "adapters": [{"path": "x"}], "output": str(tmp_path / "out")}}
+    order["base"] = {"id": "tiny", "folder": str(model), "digest": pinned}
+    host._carry_out(News("export", order), channel, WarmBase("cpu", 0))  # type: ignore[arg-type]
+    assert (channel.sent[-1].event, channel.sent[-1].data["code"]) == ("interrupted", "base_model_unusable")
+    shutil.rmtree(model)
