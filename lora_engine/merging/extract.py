@@ -42,13 +42,15 @@ def extract(spec: ExtractSpec, tell: Callable[[int, int], None] | None = None) -
         raise BaseModelError("tuned_model: its layers are not those of the base model; give two of one architecture")
     others = _other_changes(spec, base, tuned)
     weights, certified, changed = {}, {}, []
-    for index, module in enumerate(base.modules):
+    # A head that is tied in both is the embedding, which no adapter on linear layers changes.
+    modules = [module for module in base.modules if module.name != base.tied_head or not tuned.tied_head]
+    for index, module in enumerate(modules):
         delta = tuned.weight(module) - base.weight(module)
         if delta.any():
             weights[module.name], certified[module.name] = _approximated(delta, spec)
             changed.append(module)
         if tell:
-            tell(index + 1, len(base.modules))
+            tell(index + 1, len(modules))
     if not weights:
         raise SpecError("tuned_model: no linear layer differs from the base model's", field="tuned_model")
     return _publish(spec, weights, certified, last_names(base.modules, changed), others)
@@ -65,6 +67,9 @@ class _Checkpoint:
         self.folder = folder
         self._weights = Weights(folder, model)
         self.places = self._weights.places()
+        self.tied_head, embedding = _tied(model)
+        if self.tied_head:
+            self.places[f"{self.tied_head}.weight"] = self.places[f"{embedding}.weight"]
         self._inputs_first = {
             module.name for module in self.modules if isinstance(model.get_submodule(module.name), Conv1D)
         }
@@ -84,6 +89,15 @@ class _Checkpoint:
     def converted(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that the files have in another form than the model."""
         return self._weights.tensors(torch.device("cpu"), skip=self.places)
+
+
+def _tied(model: Any) -> tuple[str, str]:
+    """Names of the output head and of the embedding whose weight it shares; empty where they are apart."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return "", ""
+    names = {id(module): name for name, module in model.named_modules()}
+    return names[id(head)], names[id(embedding)]
 
 
 def _other_changes(spec: ExtractSpec, base: _Checkpoint, tuned: _Checkpoint) -> dict[str, float]:
