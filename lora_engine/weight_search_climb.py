@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_engine import optim
 from lora_engine.data import Document, epoch_order
 from lora_engine.errors import Diverged
+from lora_engine.merging.config import MAX_WEIGHT
 from lora_engine.weight_search_config import SearchConfig
 from lora_engine.weight_search_data import Splits
 from lora_engine.weight_search_loss import StackLoss
@@ -101,6 +102,7 @@ def climb(losses: StackLoss, shape: tuple[int, int], splits: Splits, config: Sea
         if finite:
             optimizer.param_groups[0]["lr"] = optim.learning_rate(config.training, step, config.steps)
             optimizer.step()
+            weights.clamp_(-MAX_WEIGHT, MAX_WEIGHT)
         selection_loss = None
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             row = Row("found", weights.clone(), losses.loss(weights, splits.selection))

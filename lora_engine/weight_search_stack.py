@@ -109,8 +109,11 @@ class WeightedStack:
 
 
 def check_fit(base: BaseModel, headers: Sequence[Header]) -> None:
-    """Raises AdapterError where an adapter is not of this base model, from headers alone."""
-    known = {module.name: (module.inputs, module.outputs) for module in linear_modules(base.model)}
+    """Raises AdapterError where an adapter is not of this base model, or cannot run on it, from headers alone."""
+    modules = linear_modules(base.model)
+    known = {module.name: (module.inputs, module.outputs) for module in modules}
+    tied = base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
+    heads = {module.name for module in modules if module.head and tied}
     for header in headers:
         if None not in (base.digest, header.base_digest) and base.digest != header.base_digest:
             raise AdapterError(f"{header.folder.name}: the adapter is of another base model ({header.base_digest})")
@@ -119,6 +122,11 @@ def check_fit(base: BaseModel, headers: Sequence[Header]) -> None:
                 raise AdapterError(
                     f"{header.folder.name}: {name} ({module.outputs} × {module.inputs}) is no linear layer of this "
                     "shape in the base model; search with adapters of one base model"
+                )
+            if name in heads:
+                raise AdapterError(
+                    f"{header.folder.name}: {name} shares its weight with the input embeddings in this base model; "
+                    "leave the adapter out, or merge without a search"
                 )
 
 

@@ -116,6 +116,20 @@ def test_layers_have_weights_of_their_own(base: BaseModel, trained: Adapter, mak
     assert_written(base, folder, tmp_path / "layered", layered)
 
 
+def test_adapters_may_be_on_different_layers(base: BaseModel, noise: Path, make: Make, tmp_path: Path) -> None:
+    lower = adapter.read(noise)
+    lower.weights = {name: factors for name, factors in lower.weights.items() if ".layers.0." in name}
+    adapter.write(lower, tmp_path / "lower", lineage={})
+    report = search(make(noise, tmp_path / "lower", per="layer", steps=4), base=base)
+    weights = row(report, "found")["weights"]
+    first, second = (weights[digest(folder)] for folder in (noise, tmp_path / "lower"))
+    found, before = adapter.read(tmp_path / "found"), adapter.read(noise)
+    for name in before.weights:
+        weight = first[name[: len("model.layers.0")]] + (second["model.layers.0"] if ".layers.0." in name else 0)
+        wanted = weight * adapter.delta(before, name)
+        assert (adapter.delta(found, name) - wanted).norm() < 1e-6 * wanted.norm()
+
+
 def assert_written(base: BaseModel, source: Path, folder: Path, report: dict[str, Any]) -> None:
     """The stack in the folder is the source with the weights of the report, by layer."""
     weights = row(report, "found")["weights"][digest(source)]
@@ -131,11 +145,10 @@ def test_what_is_written_has_the_loss_of_the_table(
 ) -> None:
     spec = make(spoilt(trained, noise, tmp_path / "spoilt"), noise)
     report = search(spec, base=base)
-    documents = split(Path(spec.dataset), base, spec.search).test
-    one = torch.ones(1, 1, dtype=torch.float64)
-    assert dense_loss(base, [Path(spec.output)], one, ("",), documents) == pytest.approx(
-        row(report, "found")["test_loss"], rel=1e-5
-    )
+    splits = split(Path(spec.dataset), base, spec.search)
+    for name in ("selection", "test"):
+        loss = dense_loss(base, [Path(spec.output)], torch.ones(1, 1), ("",), getattr(splits, name))
+        assert row(report, "found")[f"{name}_loss"] == pytest.approx(loss, rel=1e-5)
     written = json.loads((Path(spec.output) / REPORT).read_text())
     assert {name: report[name] for name in written} == written
     assert len(written["history"]) == SETTINGS["steps"]
@@ -182,10 +195,11 @@ def test_stopped_half_way_nothing_remains(base: BaseModel, noise: Path, make: Ma
         if done == 4:
             raise Stopped
 
-    before = sorted(tmp_path.iterdir())
+    before, threads = sorted(tmp_path.iterdir()), torch.get_num_threads()
     with pytest.raises(Stopped):
         search(make(noise), stop, base)
     assert sorted(tmp_path.iterdir()) == before
+    assert torch.get_num_threads() == threads
     assert not any(isinstance(module, LoraLinear) for module in base.model.modules())
 
 
@@ -225,6 +239,25 @@ def test_steps_that_are_not_finite_change_nothing(
     report = search(make(noise), base=base)
     assert report["kept"] == "single"
     assert report["skipped_steps"] == 3
+
+
+def test_a_step_that_is_not_finite_is_left_out(
+    base: BaseModel, noise: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient = weight_search_loss.StackLoss.gradient
+    losses: list[float] = []
+
+    def second_broken(self: Any, weights: torch.Tensor, documents: Any) -> Any:
+        loss, found = gradient(self, weights, documents)
+        losses.append(loss)
+        return (loss, found * float("inf")) if len(losses) == 2 else (loss, found)
+
+    monkeypatch.setattr(weight_search_loss.StackLoss, "gradient", second_broken)
+    report = search(make(noise), base=base)
+    assert report["kept"] == "found"
+    assert report["skipped_steps"] == 1
+    assert [item["loss"] for item in report["history"]] == losses
+    assert len(losses) == SETTINGS["steps"]
 
 
 def test_no_split_has_an_example_of_another(base: BaseModel, tmp_path: Path) -> None:
@@ -268,6 +301,14 @@ def test_shapes_that_the_base_does_not_have_are_refused(base: BaseModel, make: M
     adapter.write(made, tmp_path / "wide", lineage={})
     with pytest.raises(AdapterError, match=r"wide: model.layers.0.self_attn.q_proj \(32 × 40\) is no linear layer"):
         search(make(tmp_path / "wide"), base=base)
+
+
+def test_an_adapter_on_a_tied_head_is_refused(base: BaseModel, make: Make, tmp_path: Path) -> None:
+    rows = len(base.model.get_output_embeddings().weight)
+    made = Adapter({"lm_head": LoraWeights(torch.ones(1, 32), torch.ones(rows, 1))}, rank=1, alpha=1)
+    adapter.write(made, tmp_path / "head", lineage={})
+    with pytest.raises(AdapterError, match="head: lm_head shares its weight with the input embeddings"):
+        search(make(tmp_path / "head"), base=base)
 
 
 def test_a_quantised_base_is_loaded_and_searched_on(noise: Path, make: Make, base: BaseModel) -> None:
