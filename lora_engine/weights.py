@@ -90,7 +90,9 @@ class Weights:
     def _assign(self) -> tuple[set[str], list[str]]:
         """Find every stored tensor its place; the names in the model that are provided, and what found no place."""
         model, expected = self._model, self._expected
-        transforms = get_model_conversion_mapping(model)
+        # Making the rules of all architectures takes as long as reading a small model.
+        plain = all(stored in expected for stored in self._files.names())
+        transforms = [] if plain else get_model_conversion_mapping(model)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
