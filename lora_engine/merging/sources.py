@@ -221,10 +221,10 @@ def _modules(
 def _check_left(config: MergeConfig, sources: Sequence[Source], modules: Mapping[str, ModulePlan]) -> None:
     """Something is left to compute."""
     digests = {part.digest for item in modules.values() for part in item.parts}
-    if not digests:
-        raise SpecError("adapters: every weight is 0, or weights of the same adapter cancel out", field="adapters")
     if config.method == "project_out" and sources[0].digest not in digests:
         raise SpecError("adapters[0].weight: nothing is left of the adapter to project", field="adapters[0].weight")
+    if not digests:
+        raise SpecError("adapters: every weight is 0, or weights of the same adapter cancel out", field="adapters")
     for module, item in modules.items() if config.method == "slerp" else ():
         if item.parts and not total(part.weight for part in item.parts):
             raise SpecError(
