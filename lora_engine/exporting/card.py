@@ -44,29 +44,27 @@ tags:
 {_rows(facts)}
 
 Against base model and adapters as trained ({facts["trained_on"]} weights; these are {facts["base"]}), over \
-{parity["predictions"]} predictions: largest log-probability gap {parity["max_gap"]:.2e}, mean {parity["mean_gap"]:.2e}, \
-KL divergence {parity["kl"]:.2e}, same most likely token {parity["greedy_agreement"]:.1%}.
+{parity["predictions"]} predictions: largest log-probability gap {parity["max_gap"]:.2e}, mean \
+{parity["mean_gap"]:.2e}, KL divergence {parity["kl"]:.2e}, same most likely token {parity["greedy_agreement"]:.1%}.
 `certificate.json` has all figures.
 """
 
 
-def lineage(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `lineage.json` says of it."""
-    trained_on = facts["trained_on"]
+def lineage(facts: Mapping[str, Any], quantization: str | None) -> dict[str, Any]:
+    """What `lineage.json` says of it; `quantization` is that of the training, where it is known."""
     return {
         "base_digest": facts["base_digest"],
         "base_model": facts["base_model"],
         "engine": facts["engine"],
         "export": {"format": facts["format"], "precision": facts["precision"], "base": facts["base"]},
         "parents": facts["parents"],
-        "training": {"quantization": "none" if trained_on == "original" else trained_on},
-    }
+    } | ({} if quantization is None else {"training": {"quantization": quantization}})
 
 
 def _rows(facts: Mapping[str, Any]) -> str:
     return "\n".join(
         f"| `{parent['digest']}` | {parent['weight']:g}"
-        + "".join(f", {name} {weight:g}" for name, weight in parent["weights"])
+        + "".join(f", {name} {weight:g}" for name, weight in parent.get("weights", {}).items())
         + " |"
         for parent in facts["parents"]
     )

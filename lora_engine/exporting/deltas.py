@@ -66,7 +66,16 @@ class Deltas:
     def parents(self) -> list[dict[str, Any]]:
         """Digests and weights of the sources, for the lineage."""
         found: Any = self.plan.recipe["sources"]
-        return list(found)
+        return [
+            {"digest": source["digest"], "weight": source["weight"]}
+            | ({"weights": dict(source["weights"])} if source["weights"] else {})
+            for source in found
+        ]
+
+    @property
+    def quantization(self) -> str | None:
+        """The one of `quantizations`, where there is one."""
+        return self.quantizations[0] if len(self.quantizations) == 1 else None
 
     def rank(self, module: str) -> int:
         return self.plan.modules[module].rank

@@ -78,7 +78,7 @@ def export(spec: ExportSpec, tell: Tell | None = None) -> dict[str, Any]:
         facts = _FORMATS[spec.export.format](job, temporary)
         result = {**_facts(job), **facts}
         (temporary / "README.md").write_text(card.text(result), encoding="utf-8")
-        _write_json(temporary / LINEAGE, card.lineage(result))
+        _write_json(temporary / LINEAGE, card.lineage(result, job.deltas.quantization))
         result["files"] = sorted([*(path.name for path in temporary.iterdir()), CERTIFICATE])
         result["bytes"] = sum(path.stat().st_size for path in temporary.iterdir())
         _write_json(temporary / CERTIFICATE, result)
@@ -97,13 +97,12 @@ def _prepare(spec: ExportSpec, tell: Tell) -> Job:
 def _quantizations(config: ExportConfig, deltas: Deltas) -> tuple[str, str]:
     """What the adapters were trained on, and what the export puts them on."""
     asked = "none" if config.base == "original" else config.base
-    known = deltas.quantizations
-    if asked == "auto" and len(known) > 1:
+    if asked == "auto" and len(deltas.quantizations) > 1:
         raise AdapterError(
-            f"base: the adapters were trained on different quantisations of the base model ({', '.join(known)}); say "
-            "which one the export shall be on"
+            f"base: the adapters were trained on different quantisations of the base model "
+            f"({', '.join(deltas.quantizations)}); say which one the export shall be on"
         )
-    trained_on = known[0] if len(known) == 1 else "none" if asked == "auto" else asked
+    trained_on = deltas.quantization or ("none" if asked == "auto" else asked)
     return trained_on, trained_on if asked == "auto" else asked
 
 
