@@ -164,7 +164,7 @@ def test_another_base_than_the_training_had_fails_by_its_parity(base: Path, tmp_
 
 def test_adapters_of_different_quantisations_need_a_base_named(base: Path, tmp_path: Path) -> None:
     items = [make_adapter(tmp_path / name, base, seed, quantization=name) for seed, name in enumerate(["nf4", "int8"])]
-    with pytest.raises(AdapterError, match="base: .*int8, nf4"):
+    with pytest.raises(AdapterError, match=r"base: .*int8, nf4"):
         run(base, items, tmp_path / "out", format="merged")
     assert run(base, items, tmp_path / "out", format="merged", base="nf4")["base"] == "nf4"
 
@@ -286,7 +286,7 @@ def test_a_disk_without_room_is_found_first(
     from lora_engine.exporting import export
 
     monkeypatch.setattr(export, "_SPARE_BYTES", 1 << 62)
-    with pytest.raises(OSError, match="bytes, and .* are free"):
+    with pytest.raises(OSError, match=r"bytes, and .* are free"):
         run(base, sources, tmp_path / "out", format="merged")
     assert not list(tmp_path.iterdir())
 
