@@ -39,7 +39,7 @@ def _cosine(names: Sequence[str], report: Mapping[str, Any]) -> Any:
     _heat(figure, axes, values, names, names, "RdBu_r", (-1, 1), "cosine of the deltas")
     if len(names) <= 16:
         for (row, column), value in np.ndenumerate(values):
-            text = "" if np.isnan(value) else f"{value:.2f}"
+            text = "" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
             axes.text(column, row, text, ha="center", va="center", color="w" if abs(value) > 0.6 else "k", fontsize=8)
     axes.set_title("How alike the adapters are")
     return figure
@@ -68,6 +68,7 @@ def _layers(names: Sequence[str], report: Mapping[str, Any]) -> Any:
         figure, grid[-1], norms, names, ticks, "viridis", (0, max(float(np.nanmax(norms)), 1e-30)), "norm of the delta"
     )
     grid[-1].set_title("How large each adapter is in each layer")
+    grid[-1].set_xlabel("layer")
     return figure
 
 
@@ -93,7 +94,8 @@ def _heat(
     palette = mpl.colormaps[colours].with_extremes(bad="0.85")
     image = axes.imshow(np.ma.masked_invalid(values), cmap=palette, vmin=limits[0], vmax=limits[1], aspect="auto")
     step = max(1, len(columns) // 40)
-    axes.set_xticks(range(0, len(columns), step), columns[::step], rotation=90, parse_math=False)
+    upright = all(column.isdigit() for column in columns)
+    axes.set_xticks(range(0, len(columns), step), columns[::step], rotation=0 if upright else 90, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
     axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, label=label)
