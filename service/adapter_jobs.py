@@ -1,4 +1,4 @@
-"""Work on adapters that is left to workers: exports, searches, extractions, verifications. Merges: see `merges`."""
+"""Work on adapters that is left to workers: exports, analyses, searches, extractions, verifications."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
+from lora_engine.analysis_config import MAX_ADAPTERS as MAX_ANALYZED
+from lora_engine.analysis_config import AnalyzeConfig
 from lora_engine.errors import SpecError
 from lora_engine.exporting.config import ExportConfig
 from lora_engine.fields import bounded, bounded_values, to_mapping
@@ -62,6 +64,24 @@ class SearchRequest(SearchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         sources.check([Source(adapter=adapter) for adapter in self.adapters])
+        jobs.check_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeRequest(AnalyzeConfig):
+    """The body of ``POST /adapters/analyze``: what to look at (`AnalyzeConfig`), and in what.
+
+    Attributes:
+        adapters: all on one base model, with the weights they would be merged with.
+        name: of the job and of its artifact.
+    """
+
+    adapters: Sequence[Source]
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sources.check(self.adapters, MAX_ANALYZED)
         jobs.check_name(self.name)
 
 
@@ -129,6 +149,33 @@ def submit_search(
             base_model_id=found[0].base_model_id,
             dataset_id=request.dataset,
             parents=sources.lineage(asked, found),
+        )
+
+    return jobs.submit(session, owner_id, build, idempotency)
+
+
+def submit_analysis(
+    session: Session, owner_id: str, request: AnalyzeRequest, idempotency: Idempotency | None = None
+) -> tuple[Job, bool]:
+    """Queue a report on how adapters interfere. Returns the job and whether it is new.
+
+    Raises:
+        NotFound, Conflict: an adapter is not the owner's, or they are on different base models.
+        Invalid: an adapter is there twice.
+    """
+
+    def build() -> Job:
+        found = sources.resolve(session, owner_id, request.adapters, keep=True)
+        _check_different(found)
+        return Job(
+            kind="analyze",
+            name=request.name or f"analysis of {len(found)}",
+            spec={
+                "analyze": to_mapping(_part(AnalyzeConfig, request)),
+                "adapters": sources.spelled(request.adapters, found),
+            },
+            base_model_id=found[0].base_model_id,
+            parents=sources.lineage(request.adapters, found),
         )
 
     return jobs.submit(session, owner_id, build, idempotency)

@@ -8,7 +8,18 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service import queue
-from service.api import adapter_jobs, adapters, aliases, artifacts, base_models, datasets, health, jobs, merges
+from service.api import (
+    adapter_jobs,
+    adapter_uploads,
+    adapters,
+    aliases,
+    artifacts,
+    base_models,
+    datasets,
+    health,
+    jobs,
+    merges,
+)
 from service.api.edge import Edge
 from service.api.errors import documented, install
 from service.api.request import Parts
@@ -38,7 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Edge)
     install(app)
     app.include_router(health.router)
-    for module in (datasets, jobs, aliases, merges, adapter_jobs, adapters, artifacts, base_models):
+    for module in (datasets, jobs, aliases, merges, adapter_jobs, adapter_uploads, adapters, artifacts, base_models):
         app.include_router(module.router, responses=documented(401, 422, 503))
     return app
 

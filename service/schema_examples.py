@@ -137,6 +137,7 @@ MERGE: dict[str, Any] = {
     "rank": 16,
     "name": "support and style",
 }
+ANALYZE: dict[str, Any] = {"adapters": MERGE["adapters"], "density": 0.2, "name": "support against style"}
 SEARCH: dict[str, Any] = {
     "adapters": [ADAPTER["id"], "style-live"],
     "dataset": DATASET["id"],

@@ -39,10 +39,10 @@ class Source:
         bounded_values(self, "weights", -MAX_WEIGHT, MAX_WEIGHT)
 
 
-def check(sources: Sequence[Source]) -> None:
+def check(sources: Sequence[Source], limit: int = MAX_SOURCES) -> None:
     """Raises SpecError for none or too many."""
-    if not 1 <= len(sources) <= MAX_SOURCES:
-        raise SpecError(f"adapters: expected between 1 and {MAX_SOURCES} adapters", field="adapters")
+    if not 1 <= len(sources) <= limit:
+        raise SpecError(f"adapters: expected between 1 and {limit} adapters", field="adapters")
 
 
 def resolve(

@@ -30,7 +30,9 @@ _VERBS: dict[str, Callable[[dict[str, Any], WarmBase, HostChannel], None]] = {
     "merge": merging.merge,
     "search": merging.search,
     "extract": merging.extract,
+    "ingest": merging.ingest,
     "export": exporting.export,
+    "analyze": exporting.analyze,
     "verify": exporting.verify,
 }
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_engine import weight_search
 from lora_engine.fields import from_mapping
+from lora_engine.ingest_config import IngestSpec
 from lora_engine.merging import extract as engine_extract
 from lora_engine.merging import merge as engine_merge
 from lora_engine.merging.config import ExtractSpec, MergeSpec
@@ -39,4 +40,15 @@ def extract(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None
         verified(base, channel)
     channel.send("phase", phase="extracting")
     metrics = engine_extract.extract(spec, teller(channel))
+    channel.send("finished", **adapter_result(Path(spec.output), metrics))
+
+
+def ingest(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:  # noqa: ARG001
+    """An adapter from elsewhere into one of ours. News: phase, progress …, then finished."""
+    from lora_engine import ingest as engine_ingest
+
+    spec = from_mapping(IngestSpec, order["spec"])
+    verified(order["base"], channel)
+    channel.send("phase", phase="taking in")
+    metrics = engine_ingest.ingest(spec, teller(channel))
     channel.send("finished", **adapter_result(Path(spec.output), metrics))

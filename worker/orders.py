@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from service import adapters, datasets, leases
+from service import adapter_uploads, adapters, datasets, leases
 from service import storage as objects
 from service.db import Database
 from service.leases import Claim
@@ -77,6 +77,38 @@ def _search(database: Database, storage: Storage, claim: Claim, folder: Path) ->
     return {"spec": spec, "base": _pinned(base)}
 
 
+def _analyze(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:
+    job, base = _job(database, claim)
+    with database.reading() as session:
+        named = {row.id: f"{row.name} ({row.id})" for row in session.scalars(_rows(job))}
+    spec = {
+        "base_model": base.folder,
+        "adapters": _fetch_sources(database, storage, claim, folder),
+        "names": [named[source["adapter"]] for source in job.spec["adapters"]],
+        "output": str(folder / "result"),
+        "analyze": job.spec["analyze"],
+    }
+    return {"spec": spec, "base": _pinned(base)}
+
+
+def _ingest(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:
+    job, base = _job(database, claim)
+    for file in job.spec["files"]:
+        key = adapter_uploads.source_key(claim.job_id, file["name"])
+        objects.fetch(storage, key, folder / "source" / file["name"], file["sha256"])
+    initial = folder / "source" / adapter_uploads.INITIAL
+    spec = {
+        "folder": str(folder / "source"),
+        "initial": str(initial) if initial.exists() else None,
+        "output": str(folder / "result"),
+        "base_model": base.folder,
+        "base_model_name": base.source,
+        "base_digest": base.digest,
+        "ingest": job.spec["ingest"],
+    }
+    return {"spec": spec, "base": _pinned(base)}
+
+
 def _extract(database: Database, storage: Storage, claim: Claim, folder: Path) -> dict[str, Any]:  # noqa: ARG001
     job, base = _job(database, claim)
     with database.reading() as session:
@@ -111,10 +143,9 @@ def _pinned(base: BaseModel) -> dict[str, Any]:
 def _fetch_sources(database: Database, storage: Storage, claim: Claim, folder: Path) -> list[dict[str, Any]]:
     """The adapters of the job's spec as the engine's specs have them: paths and weights."""
     with database.reading() as session:
-        asked = session.get_one(Job, claim.job_id).spec["adapters"]
-        rows = session.scalars(select(Adapter).where(Adapter.id.in_({source["adapter"] for source in asked})))
-        found = {row.id: row for row in rows}
-    for adapter in found.values():
+        job = session.get_one(Job, claim.job_id)
+        found = session.scalars(_rows(job)).all()
+    for adapter in found:
         adapters.fetch(storage, adapter, folder / adapter.id)
     return [
         {
@@ -122,8 +153,12 @@ def _fetch_sources(database: Database, storage: Storage, claim: Claim, folder: P
             "weight": source.get("weight", 1.0),
             "weights": source.get("weights", {}),
         }
-        for source in asked
+        for source in job.spec["adapters"]
     ]
+
+
+def _rows(job: Job) -> Select[tuple[Adapter]]:
+    return select(Adapter).where(Adapter.id.in_({source["adapter"] for source in job.spec["adapters"]}))
 
 
 def _validation_dataset(session: Session, job: Job) -> Dataset | None:
@@ -156,6 +191,8 @@ _ORDERS: dict[str, Callable[[Database, Storage, Claim, Path], dict[str, Any]]] =
     "merge": _merge,
     "search": _search,
     "extract": _extract,
+    "ingest": _ingest,
     "export": _export,
+    "analyze": _analyze,
     "verify": _verify,
 }

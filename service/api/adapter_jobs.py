@@ -1,4 +1,4 @@
-"""Work on adapters, as jobs: exports, searches for weights, verifications."""
+"""Work on adapters, as jobs: analyses, searches for weights, extractions, exports, verifications."""
 
 from fastapi import APIRouter, Response
 
@@ -18,6 +18,24 @@ from service.api.request import (
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 _REFUSALS = documented(400, 404, 409, 413, 415, 422)
+
+
+@router.post(
+    "/analyze",
+    status_code=202,
+    summary="Compare adapters",
+    responses=_REFUSALS,
+    openapi_extra=body_schema(adapter_jobs.AnalyzeRequest, schema_examples.ANALYZE),
+)
+def analyze_adapters(
+    caller: Caller, parts: Inside, body: JsonBody, response: Response, key: IdempotencyHeader = None
+) -> schemas.Job:
+    """Queue a report on how adapters would interfere in a merge: angles between them in all and by layer, norms, sign
+    conflicts and what TIES would lose. Its artifact has `report.json`, and heat maps as PNG and SVG."""
+    request = parse(adapter_jobs.AnalyzeRequest, body)
+    with parts.database.unit_of_work() as session:
+        result = adapter_jobs.submit_analysis(session, caller.user_id, request, idempotency(body, key))
+        return submitted(session, result, response)
 
 
 @router.post(

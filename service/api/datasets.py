@@ -8,15 +8,14 @@ from fastapi import APIRouter, Query, Request, Response
 from service import datasets, schema_examples, schemas
 from service.api.download import StoredFile, send_file
 from service.api.errors import documented
-from service.api.form import Form
-from service.api.request import After, Caller, Inside, Limit, Parts, chunks, media_type
-from service.errors import Conflict, ServiceError, UnsupportedMedia
+from service.api.form import MAX_OWN_BYTES, Form, receive
+from service.api.request import After, Caller, Inside, Limit, Parts, media_type
+from service.errors import Conflict, Invalid, UnsupportedMedia
 from service.models import Dataset
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 _RAW_TYPES = ("application/jsonl", "application/x-ndjson", "application/x-jsonlines", "application/octet-stream",
               "application/json", "text/plain")  # fmt: skip
-_FORM_BYTES = 64 << 10  # what the form's own lines may add to the file
 _FILE = {"type": "string", "format": "binary", "description": "one JSON object per line"}
 _BODY = {
     "requestBody": {
@@ -62,28 +61,20 @@ async def create_dataset(
 
 async def _receive(request: Request, parts: Parts, upload: datasets.Upload, name: str | None) -> str:
     """Take the whole body; returns the dataset's name."""
-    form: Form | None = None
-    if media_type(request) == "multipart/form-data":
-        form = Form(request.headers["content-type"], upload)
-    elif media_type(request) not in _RAW_TYPES:
-        raise UnsupportedMedia("send a form with the field `file`, or the file with 'Content-Type: application/jsonl'")
-    elif name is not None:
-        datasets.check_name(name)
-    fault: ServiceError | None = None
-    async for chunk in chunks(request, parts.settings.max_upload_bytes + (_FORM_BYTES if form else 0)):
-        if fault is None:
-            try:
-                await anyio.to_thread.run_sync((form or upload).write, chunk)
-            except ServiceError as error:
-                # Read on: to a client that is still sending, an early answer looks like a broken connection.
-                fault = error
-    if fault is not None:
-        raise fault
-    if form is None:
-        return name or "dataset"
+    if media_type(request) != "multipart/form-data":
+        if media_type(request) not in _RAW_TYPES:
+            message = "send a form with the field `file`, or the file with 'Content-Type: application/jsonl'"
+            raise UnsupportedMedia(message)
+        name = datasets.check_name("dataset" if name is None else name)
+        await receive(request, upload.write, parts.settings.max_upload_bytes)
+        return name
+    form = Form(request.headers["content-type"], ("name",), {"file": upload.write})
+    await receive(request, form.write, parts.settings.max_upload_bytes + MAX_OWN_BYTES)
     form.finish()
-    if form.name is not None:
-        return form.name
+    if "file" not in form.seen:
+        raise Invalid("file: is missing; send the JSONL file as the form's field `file`", param="file")
+    if (given := form.text("name")) is not None:
+        return given
     return form.filename if datasets.NAME.fullmatch(form.filename) else name or "dataset"
 
 

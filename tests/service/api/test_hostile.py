@@ -143,7 +143,7 @@ QUERIES = [
 
 
 @pytest.mark.parametrize("query", QUERIES)
-@pytest.mark.parametrize("path", ["/datasets", "/jobs", "/adapters", "/base-models"])
+@pytest.mark.parametrize("path", ["/datasets", "/jobs", "/adapters", "/artifacts", "/base-models"])
 def test_queries(shared_site: Site, path: str, query: str) -> None:
     check(shared_site.ann.get(f"{path}?{query}"), 422)
 

@@ -6,7 +6,7 @@ import pytest
 
 from lora_engine.config import from_mapping
 from service import schema_examples, schemas
-from service.adapter_jobs import ExportRequest, ExtractRequest, SearchRequest
+from service.adapter_jobs import AnalyzeRequest, ExportRequest, ExtractRequest, SearchRequest
 from service.app import create_app
 from service.jobs import TrainingRequest
 from service.merges import MergeRequest
@@ -33,11 +33,12 @@ def test_every_route_is_there(document: dict[str, Any]) -> None:
         "GET /datasets/{dataset_id}/content",
         "GET /jobs", "POST /jobs", "GET /jobs/{job_id}", "POST /jobs/{job_id}/cancel", "GET /jobs/{job_id}/events",
         "GET /jobs/{job_id}/metrics", "GET /jobs/{job_id}/curves.svg",
-        "GET /adapters", "POST /adapters/merge", "GET /adapters/{adapter_id}", "DELETE /adapters/{adapter_id}",
+        "GET /adapters", "POST /adapters", "POST /adapters/merge",
+        "GET /adapters/{adapter_id}", "DELETE /adapters/{adapter_id}",
         "GET /adapters/{adapter_id}/files", "GET /adapters/{adapter_id}/files/{name}",
         "GET /adapters/{adapter_id}/archive", "GET /adapters/{adapter_id}/certificate",
         "GET /adapters/aliases", "PUT /adapters/aliases/{alias}", "DELETE /adapters/aliases/{alias}",
-        "POST /adapters/search-weights", "POST /adapters/extract",
+        "POST /adapters/search-weights", "POST /adapters/extract", "POST /adapters/analyze",
         "POST /adapters/{adapter_id}/export", "POST /adapters/{adapter_id}/verify",
         "GET /artifacts", "GET /artifacts/{artifact_id}", "DELETE /artifacts/{artifact_id}",
         "GET /artifacts/{artifact_id}/files", "GET /artifacts/{artifact_id}/files/{name}",
@@ -83,6 +84,7 @@ def test_examples_are_what_they_illustrate() -> None:
     assert len(from_mapping(MergeRequest, schema_examples.MERGE).adapters) == 2
     assert from_mapping(ExportRequest, schema_examples.EXPORT).format == "gguf-merged"
     assert from_mapping(SearchRequest, schema_examples.SEARCH).per == "layer"
+    assert len(from_mapping(AnalyzeRequest, schema_examples.ANALYZE).adapters) == 2
     assert from_mapping(ExtractRequest, schema_examples.EXTRACT).rank == 32
     for model in (schemas.Dataset, schemas.Job, schemas.Event, schemas.Adapter, schemas.Artifact, schemas.BaseModel):
         extra: Any = model.model_config["json_schema_extra"]
