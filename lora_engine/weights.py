@@ -19,7 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lora_engine import strict_json
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import AdapterError, BaseModelError
+from lora_engine.safetensors_file import read_header
 
 # Rotary frequencies are computed, not loaded; old checkpoints still carry them.
 _COMPUTED = r"rotary_emb\.inv_freq$"
@@ -149,10 +150,9 @@ class _Files:
         self.paths = _shards(folder)
         for path in self.paths:
             try:
-                with safe_open(path, framework="pt") as file:
-                    self._paths |= dict.fromkeys(file.keys(), path)
-            except (OSError, SafetensorError) as error:
-                raise BaseModelError(f"{path.name} cannot be read: {error}") from None
+                self._paths |= dict.fromkeys(read_header(path), path)
+            except AdapterError as error:
+                raise BaseModelError(f"{path.name} cannot be read: {error.message}") from None
 
     def names(self) -> list[str]:
         return list(self._paths)

@@ -185,8 +185,8 @@ def _gguf(job: Job, folder: Path) -> dict[str, Any]:
     layout = gguf_layout.layout(job.base.model.config)
     if job.base.tied_head in job.deltas.shapes:
         raise AdapterError(
-            f"{job.base.tied_head}: it shares its weight with the input embeddings, and llama.cpp has no output head of "
-            "its own to put an adapter on; export it as gguf-merged"
+            f"{job.base.tied_head}: it shares its weight with the input embeddings, and llama.cpp has no output head "
+            "of its own to put an adapter on; export it as gguf-merged"
         )
     precision, path = str(job.config.precision), folder / "adapter.gguf"
     gguf_adapter.write(job.deltas, layout, path, base_name=job.base_name, precision=precision)

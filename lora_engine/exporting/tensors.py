@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lora_engine.safetensors_file import Entry, read_array, read_header
+from lora_engine.errors import BaseModelError
+from lora_engine.safetensors_file import FLOATS, Entry, read_array, read_header
 from lora_engine.weights import Weights
 
 _CPU = torch.device("cpu")
@@ -47,6 +48,10 @@ class FolderTensors:
             name: (path, entry) for path in self._weights.files for name, entry in read_header(path).items()
         }
         self.names = {name: stored for name, (_, stored) in self._weights.places().items()}
+        for name, parameter in model.state_dict().items():
+            if name in self.names and self.stored[self.names[name]][1].shape != tuple(parameter.shape):
+                shapes = f"{self.stored[self.names[name]][1].shape} instead of {tuple(parameter.shape)}"
+                raise BaseModelError(f"tensor {name} has shape {shapes}")
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -56,4 +61,10 @@ class FolderTensors:
         return torch.from_numpy(read_array(path, entry, slice(start, stop)))
 
     def rest(self, streamed: Container[str]) -> Iterator[tuple[str, Tensor]]:
-        return self._weights.tensors(_CPU, skip=streamed)
+        # Not by `Weights`, which maps whole files: those count as the process's memory to some limits.
+        floats = {name for name, stored in self.names.items() if self.stored[stored][1].dtype in FLOATS}
+        for name in sorted(floats):
+            if name not in streamed:
+                path, entry = self.stored[self.names[name]]
+                yield name, torch.from_numpy(read_array(path, entry))
+        yield from self._weights.tensors(_CPU, skip=floats)
