@@ -180,6 +180,11 @@ def _named(name: str, header: Header) -> Module:
 def _check_weights(config: MergeConfig, sources: Sequence[Source], weights: Sequence[Mapping[str, float]]) -> None:
     if config.method == "project_out":
         for index, source in enumerate(sources[1:], 1):
+            if source.digest == sources[0].digest:
+                raise SpecError(
+                    f"adapters[{index}]: {source.name} is the first adapter again, which would leave nothing of it",
+                    field=f"adapters[{index}]",
+                )
             if source.weights or source.weight != 1:
                 field_name = f"adapters[{index}].weight"
                 raise SpecError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_engine import adapter, base_files
 from lora_engine.__main__ import main
@@ -40,6 +41,40 @@ def test_merge_writes_the_stack_and_prints_its_rank(folder: Path, capsys: pytest
     module = "model.layers.0.mlp.up_proj"
     merged, source = adapter.read(folder / "merged"), adapter.read(folder / "adapter")
     torch.testing.assert_close(adapter.delta(merged, module), -0.5 * adapter.delta(source, module))
+
+
+def test_compress_and_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", str(folder / "adapter"), str(folder / "small"), "--rank", "1", "--dtype", "fp16"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["certificate"]["frobenius"] < 1e-3  # both ranks were the same
+    assert output.err == "compressed 100%  0:00 left\n"
+    assert main(["verify", str(folder / "small"), str(folder / "adapter")]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"]
+    certificate = folder / "small" / "certificate.json"
+    certificate.write_text(certificate.read_text().replace('"frobenius": ', '"frobenius": 1'))
+    assert main(["verify", str(folder / "small"), str(folder / "adapter")]) == 2
+    assert "model.layers.0.mlp.up_proj: frobenius is " in capsys.readouterr().err
+
+
+def test_compress_wants_a_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compress", str(folder / "adapter"), str(folder / "small")])
+    assert "one of the arguments --rank --energy --max-bytes is required" in capsys.readouterr().err
+
+
+def test_extract_takes_back_what_was_added(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny_model(folder / "tuned", seed=0)
+    weights = load_file(folder / "tuned" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 2.0
+    save_file(weights, folder / "tuned" / "model.safetensors", {"format": "pt"})
+    spec = {"base_model": str(folder / "base"), "tuned_model": str(folder / "tuned"), "output": str(folder / "out")}
+    (folder / "spec.json").write_text(json.dumps({**spec, "rank": 1}))
+    assert main(["extract", str(folder / "spec.json")]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["rank"] == 1
+    assert output.err.endswith("extracted 100%  0:00 left\n")
+    delta = adapter.delta(adapter.read(folder / "out"), "model.layers.0.mlp.up_proj")
+    torch.testing.assert_close(delta, torch.full_like(delta, 2.0), atol=1e-5, rtol=0)
 
 
 def test_generate_answers_with_and_without_the_adapter(

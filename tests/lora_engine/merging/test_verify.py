@@ -1,0 +1,74 @@
+"""A merge is recomputed from its sources, and what was altered since is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_engine import safetensors_file
+from lora_engine.adapter_header import WEIGHTS
+from lora_engine.errors import AdapterError
+from lora_engine.merging.config import OPTIONS
+from lora_engine.merging.verify import verify
+from tests.lora_engine.merging.adapters import Q0, Drawn, merge_of
+
+PAIRS = [(Drawn(seed=1), 0.7), (Drawn(seed=1, alpha=3.0, rslora=True), 1.2), (Drawn(seed=3), 0.5)]
+
+
+def merged(folder: Path, **options: Any) -> list[Path]:
+    pairs = PAIRS[:2] if options.get("method") == "slerp" else PAIRS
+    if options.get("method") == "project_out":
+        pairs = [(PAIRS[0][0], 0.7), (PAIRS[2][0], 1.0)]
+    merge_of(folder, pairs, **options)
+    return [folder / str(index) for index in reversed(range(len(pairs)))]
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_what_was_merged_is_verified(method: str, tmp_path: Path) -> None:
+    found = verify(tmp_path / "out", merged(tmp_path, method=method))
+    assert found["faults"] == []
+    assert found["verified"]
+    assert found["modules"] == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 2}, {"energy": 0.8}, {"max_bytes": 3000}, {"dtype": "bf16"}, {"rank": 3, "fit": "vllm"}]
+)
+def test_compressed_and_rounded(options: dict[str, Any], tmp_path: Path) -> None:
+    assert verify(tmp_path / "out", merged(tmp_path, method="linear", **options))["verified"]
+
+
+def test_altered_weights(tmp_path: Path) -> None:
+    sources = merged(tmp_path)
+    path = tmp_path / "out" / WEIGHTS
+    entries = safetensors_file.read_header(path)
+    arrays = {name: safetensors_file.read_array(path, entry) for name, entry in entries.items()}
+    arrays[f"base_model.model.{Q0}.lora_A.weight"] *= np.float32(1.001)
+    safetensors_file.write(path, arrays, {"format": "pt"})
+    found = verify(tmp_path / "out", sources)
+    assert not found["verified"]
+    assert any(fault.startswith(f"{Q0}: frobenius is ") for fault in found["faults"])
+    assert found["totals"]["frobenius"] > 1e-4 > found["certified"]["frobenius"]
+
+
+@pytest.mark.parametrize("name", ["certificate.json", "lineage.json"])
+def test_altered_documents(name: str, tmp_path: Path) -> None:
+    sources = merged(tmp_path, method="linear", rank=2)
+    document = json.loads((tmp_path / "out" / name).read_text())
+    if name == "certificate.json":
+        document["totals"]["frobenius"] /= 2
+    else:
+        document["recipe"]["sources"][0]["weight"] += 0.01
+    (tmp_path / "out" / name).write_text(json.dumps(document))
+    faults = verify(tmp_path / "out", sources)["faults"]
+    assert any(("totals" if name == "certificate.json" else "the recipe is not the one") in fault for fault in faults)
+
+
+def test_sources_that_are_missing_or_have_changed(tmp_path: Path) -> None:
+    sources = merged(tmp_path)
+    with pytest.raises(AdapterError, match=r"was made of [0-9a-f]{64} too; give all"):
+        verify(tmp_path / "out", sources[1:])
+    with pytest.raises(AdapterError, match="only merged adapters"):
+        verify(sources[0], sources)
