@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lora_engine.exporting.deltas import Deltas
+
 _USE = {
     "peft": """from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -50,15 +52,14 @@ Against base model and adapters as trained ({facts["trained_on"]} weights; these
 """
 
 
-def lineage(facts: Mapping[str, Any], quantization: str | None) -> dict[str, Any]:
-    """What `lineage.json` says of it; `quantization` is that of the training, where it is known."""
+def lineage(facts: Mapping[str, Any], deltas: Deltas) -> dict[str, Any]:
+    """What `lineage.json` says of it; how the adapters were trained, where they say."""
+    names = ("base_digest", "base_model", "engine", "method", "parents")
     return {
-        "base_digest": facts["base_digest"],
-        "base_model": facts["base_model"],
-        "engine": facts["engine"],
-        "export": {"format": facts["format"], "precision": facts["precision"], "base": facts["base"]},
-        "parents": facts["parents"],
-    } | ({} if quantization is None else {"training": {"quantization": quantization}})
+        **{name: facts[name] for name in names},
+        "export": {name: facts[name] for name in ("format", "precision", "base")},
+        "recipe": deltas.plan.recipe,
+    } | ({} if deltas.quantization is None else {"training": {"quantization": deltas.quantization}})
 
 
 def _rows(facts: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_engine.errors import SpecError
-from lora_engine.merging.config import WeightedAdapter
+from lora_engine.merging.config import NONLINEAR, MergeConfig, WeightedAdapter
 
 Format = Literal["peft", "peft-portable", "merged", "gguf", "gguf-merged", "mlx"]
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -96,6 +96,8 @@ class ExportSpec:
         adapters: the sources; more than one are added up exactly.
         output: folder for the result, which appears whole or not at all.
         base_model_name: what the result calls the base model; left out, as the adapters do.
+        merge: how several adapters become one: a stack, or, into the weights of a whole model, one of the nonlinear
+            methods on the dense deltas, whose results are of full rank.
     """
 
     base_model: str
@@ -103,10 +105,26 @@ class ExportSpec:
     output: str
     base_model_name: str | None = None
     export: ExportConfig = field(default_factory=ExportConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
 
     def __post_init__(self) -> None:
         if not self.adapters:
             raise SpecError("adapters: expected at least one adapter", field="adapters")
+        self._check_merge()
+
+    def _check_merge(self) -> None:
+        method, layout = self.merge.method, self.export.format
+        if method != "stack" and method not in NONLINEAR:
+            raise SpecError(f"merge.method: merge by {method} first, and export the result", field="merge.method")
+        if method != "stack" and layout not in ("merged", "gguf-merged"):
+            raise SpecError(
+                f"merge.method: what {method} gives is of full rank, which {layout} cannot hold; export it merged, or "
+                "merge into an adapter first",
+                field="merge.method",
+            )
+        for name in ("rank", "energy", "max_bytes", "fit", "dtype", "basis"):
+            if getattr(self.merge, name) is not None:
+                raise SpecError(f"merge.{name}: only an adapter has it; leave it out", field=f"merge.{name}")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

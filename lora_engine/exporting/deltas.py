@@ -7,30 +7,86 @@ bit.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lora_engine import strict_json
-from lora_engine.adapter import LoraWeights
 from lora_engine.adapter_header import LINEAGE, Header
 from lora_engine.errors import AdapterError
+from lora_engine.exporting.dense import DenseDelta, whole_cutoffs
 from lora_engine.merging import factors, sources
-from lora_engine.merging.config import MergeSpec, WeightedAdapter
+from lora_engine.merging.config import NONLINEAR, MergeConfig, MergeSpec, WeightedAdapter
+from lora_engine.merging.cutoffs import Cutoffs
 from lora_engine.target_modules import Module
 
 
-class Factored(Protocol):
-    """Deltas by module name: B (out × R) times A (R × in), fp32 on the CPU, nothing else to multiply with."""
+class Delta(Protocol):
+    """What is added to one weight (out × in), fp32 on the CPU.
+
+    Attributes:
+        squared_norm: ‖D‖² (Frobenius), where it is known without computing all of D.
+    """
+
+    @property
+    def squared_norm(self) -> float | None:
+        """See above."""
+
+    def part(self, start: int, stop: int, *, transposed: bool) -> Tensor:
+        """Rows start … stop of D, or of its transpose."""
+        raise NotImplementedError
+
+    def add_to(self, weight: Tensor, start: int, stop: int, *, transposed: bool) -> Tensor:
+        """`weight` + part; it may be changed in place."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """x · Dᵀ."""
+        raise NotImplementedError
+
+
+class ModuleDeltas(Protocol):
+    """Deltas by module name."""
 
     @property
     def modules(self) -> Sequence[str]:
         """Their full names."""
 
-    def factors(self, module: str) -> LoraWeights:
+    def delta(self, module: str) -> Delta:
         """Of one module."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class FactoredDelta:
+    """D = B·A with A (R × in) and B (out × R): nothing else to multiply with."""
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def squared_norm(self) -> float:
+        """Without forming D: Σ (BᵀB)∘(AAᵀ), in fp64."""
+        A, B = self.A.double(), self.B.double()
+        return float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0))
+
+    def part(self, start: int, stop: int, *, transposed: bool) -> Tensor:
+        """As `Delta.part`."""
+        left, right = (self.A.t(), self.B.t()) if transposed else (self.B, self.A)
+        return left[start:stop] @ right
+
+    def add_to(self, weight: Tensor, start: int, stop: int, *, transposed: bool) -> Tensor:
+        """As `Delta.add_to`, in one product."""
+        left, right = (self.A.t(), self.B.t()) if transposed else (self.B, self.A)
+        return weight.addmm_(left[start:stop], right)
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `Delta.product`, by way of the factors."""
+        return (x @ self.A.t()) @ self.B.t()
 
 
 class Deltas:
@@ -41,15 +97,15 @@ class Deltas:
         quantizations: of the weights that the adapters were trained against ("none", "nf4", "int8"), where they say.
     """
 
-    def __init__(self, adapters: Sequence[WeightedAdapter]) -> None:
-        """Reads configs and headers.
+    def __init__(self, adapters: Sequence[WeightedAdapter], config: MergeConfig | None = None) -> None:
+        """Reads configs and headers; `config` is a stack when left out, or one of the nonlinear methods.
 
         Raises:
             AdapterError: an adapter cannot be read, or they are not of one base model.
             SpecError: the weights cancel out, or a pattern of weights names nothing.
         """
-        spec = MergeSpec(adapters=adapters, output="")
-        self.plan = sources.plan(spec, sources.read(spec))
+        config = config or MergeConfig()
+        self.plan = sources.plan(config, sources.read(MergeSpec(adapters=adapters, output="")))
         self.shapes = {name: (item.outputs, item.inputs) for name, item in self.plan.modules.items() if item.parts}
         found = {_quantization(source.header) for source in self.plan.sources}
         self.quantizations = tuple(sorted(name for name in found if name is not None))
@@ -80,15 +136,29 @@ class Deltas:
     def rank(self, module: str) -> int:
         return self.plan.modules[module].rank
 
-    def factors(self, module: str) -> LoraWeights:
-        """A (R × in) and B (out × R), fp32, the scale in B rounded once.
+    @cached_property
+    def _whole_cutoffs(self) -> Cutoffs | None:
+        return whole_cutoffs(self.plan)
+
+    def delta(self, module: str) -> Delta:
+        """Of one module, by the method of the config.
+
+        Raises:
+            AdapterError: values that are not finite.
+        """
+        if self.plan.config.method in NONLINEAR:
+            return DenseDelta(self.plan, module, self._whole_cutoffs)
+        return self.factors(module)
+
+    def factors(self, module: str) -> FactoredDelta:
+        """Of a stack: A (R × in) and B (out × R), fp32, the scale in B rounded once.
 
         Raises:
             AdapterError: values that are not finite.
         """
         found = factors.load(module, self.plan.modules[module])
         B = (found.B * found.scale).astype(np.float32)
-        return LoraWeights(torch.from_numpy(found.A), torch.from_numpy(B))
+        return FactoredDelta(torch.from_numpy(found.A), torch.from_numpy(B))
 
     def check(self, modules: Sequence[Module]) -> None:
         """Raises AdapterError for a module that is not among the linear layers of the base model, in this shape."""
@@ -101,12 +171,6 @@ class Deltas:
                 )
             if known[name] != shape:
                 raise AdapterError(f"{name}: {shape} in the adapter, {known[name]} in the base model (out × in)")
-
-
-def norm(weights: LoraWeights) -> float:
-    """‖B·A‖ (Frobenius) without forming the product: Σ (BᵀB)∘(AAᵀ), in fp64."""
-    A, B = weights.A.double(), weights.B.double()
-    return float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt())
 
 
 def _quantization(header: Header) -> str | None:

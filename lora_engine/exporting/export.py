@@ -78,7 +78,7 @@ def export(spec: ExportSpec, tell: Tell | None = None) -> dict[str, Any]:
         facts = _FORMATS[spec.export.format](job, temporary)
         result = {**_facts(job), **facts}
         (temporary / "README.md").write_text(card.text(result), encoding="utf-8")
-        _write_json(temporary / LINEAGE, card.lineage(result, job.deltas.quantization))
+        _write_json(temporary / LINEAGE, card.lineage(result, job.deltas))
         result["files"] = sorted([*(path.name for path in temporary.iterdir()), CERTIFICATE])
         result["bytes"] = sum(path.stat().st_size for path in temporary.iterdir())
         _write_json(temporary / CERTIFICATE, result)
@@ -87,7 +87,7 @@ def export(spec: ExportSpec, tell: Tell | None = None) -> dict[str, Any]:
 
 def _prepare(spec: ExportSpec, tell: Tell) -> Job:
     base = bases.open_base(Path(spec.base_model))
-    deltas = Deltas(spec.adapters)
+    deltas = Deltas(spec.adapters, spec.merge)
     digest = bases.check(base, deltas)
     trained_on, target = _quantizations(spec.export, deltas)
     name = spec.base_model_name or deltas.plan.base_model_name or base.folder.name
@@ -114,6 +114,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "base_digest": job.base_digest,
         "base": _named(job.target),
         "trained_on": _named(job.trained_on),
+        "method": job.deltas.plan.config.method,
         "parents": job.deltas.parents,
         "modules": len(job.deltas.modules),
         "rank": max(job.deltas.rank(name) for name in job.deltas.modules),

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.adapter import LoraWeights
 from lora_engine.errors import AdapterError
-from lora_engine.exporting.deltas import Deltas
+from lora_engine.exporting.deltas import Deltas, FactoredDelta
 from lora_engine.exporting.gguf_layout import GGUFLayout, reorder, restore
 from lora_engine.merging.arrays import Array
 
@@ -87,12 +86,12 @@ class GGUFDeltas:
     def modules(self) -> Sequence[str]:
         return tuple(self._names)
 
-    def factors(self, module: str) -> LoraWeights:
+    def delta(self, module: str) -> FactoredDelta:
         """A and B, fp32, in the model's own order of rows."""
         A, B = (torch.from_numpy(self._read(self._names[module] + factor)) for factor in _FACTORS)
         if heads := self._layout.heads(f"{module}.weight"):
             B = restore(B, heads)
-        return LoraWeights(A, B * (self._alpha / len(A)))
+        return FactoredDelta(A, B * (self._alpha / len(A)))
 
     def _read(self, name: str) -> Array:
         tensor = self._tensors[name]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from lora_engine import peft_config, safetensors_file
-from lora_engine.adapter import LoraWeights, load_module
+from lora_engine.adapter_folder import load_module
 from lora_engine.adapter_header import CONFIG, FACTORS, PREFIX, WEIGHTS, ModuleHeader
-from lora_engine.exporting.deltas import Deltas
+from lora_engine.exporting.deltas import Deltas, FactoredDelta
 from lora_engine.merging.arrays import Array
 from lora_engine.target_modules import Module
 
@@ -43,8 +43,8 @@ def write_native(deltas: Deltas, folder: Path, base_name: str, dtype: str) -> No
     config["alpha_pattern"] = {
         _exactly(name): _number(item.alpha) for name, item in shapes.items() if item.alpha != alpha
     }
-    weights = {name: load_module(single, name) if single else deltas.factors(name) for name in deltas.modules}
-    _write(folder, config, {name: _arrays(found) for name, found in weights.items()}, dtype)
+    weights = {name: load_module(single, name) if single else _arrays(deltas.factors(name)) for name in deltas.modules}
+    _write(folder, config, weights, dtype)
 
 
 def write_portable(deltas: Deltas, modules: tuple[Module, ...], folder: Path, base_name: str, dtype: str) -> None:
@@ -88,7 +88,7 @@ def _padded(deltas: Deltas, module: Module, rank: int) -> tuple[Array, Array]:
     return A, B
 
 
-def _arrays(weights: LoraWeights) -> tuple[Array, Array]:
+def _arrays(weights: FactoredDelta) -> tuple[Array, Array]:
     return weights.A.numpy(), weights.B.numpy()
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_engine.adapter import LoraWeights
 from lora_engine.base_model import linear_modules, place, rebuild_buffers
 from lora_engine.errors import BaseModelError
-from lora_engine.exporting.deltas import Factored
+from lora_engine.exporting.deltas import Delta, ModuleDeltas
 from lora_engine.exporting.tensors import Tensors
 from lora_engine.quantized import LAYERS
 from lora_engine.weights import some
@@ -23,13 +22,13 @@ _BLOCK_WEIGHTS = 4 << 20
 
 
 class StreamedLinear(nn.Module):
-    """``y = x · Wᵀ + bias + x · Aᵀ · Bᵀ``, W on disk (out × in; a Conv1D's in × out).
+    """``y = x · Wᵀ + bias + x · Dᵀ``, W on disk (out × in; a Conv1D's in × out).
 
     Attributes:
         positions: where set, rows of (batch, token) that are computed, and no others: y is (rows × out).
     """
 
-    def __init__(self, layer: Any, name: str, tensors: Tensors, quantization: str, delta: LoraWeights | None) -> None:
+    def __init__(self, layer: Any, name: str, tensors: Tensors, quantization: str, delta: Delta | None) -> None:
         super().__init__()
         self._transposed = isinstance(layer, Conv1D)
         self._shape = tuple(layer.weight.shape)
@@ -45,7 +44,7 @@ class StreamedLinear(nn.Module):
         if self.bias is not None:
             y += self.bias
         if self._delta is not None:
-            y += (flat @ self._delta.A.t()) @ self._delta.B.t()
+            y += self._delta.product(flat)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _product(self, x: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def dequantized(read: Callable[[], Tensor], quantization: str) -> Tensor:
     return LAYERS[quantization](read(), None, torch.float32).dequantized()
 
 
-def streamed(model: Any, tensors: Tensors, *, quantization: str = "none", deltas: Factored | None = None) -> Any:
+def streamed(model: Any, tensors: Tensors, *, quantization: str = "none", deltas: ModuleDeltas | None = None) -> Any:
     """`model`, a transformers causal language model on the meta device, made to compute from `tensors`.
 
     What is neither the weight of a linear layer nor an embedding is read into memory at once: norms and biases, but
@@ -100,7 +99,7 @@ def streamed(model: Any, tensors: Tensors, *, quantization: str = "none", deltas
         if source is None and (module.name in given or (quantization != "none" and not module.head)):
             raise BaseModelError(f"{module.name}: its weight is not stored as one tensor, which an export needs")
         if source is not None:
-            delta = deltas.factors(module.name) if deltas is not None and module.name in given else None
+            delta = deltas.delta(module.name) if deltas is not None and module.name in given else None
             layer, kind = model.get_submodule(module.name), "none" if module.head else quantization
             model.set_submodule(module.name, StreamedLinear(layer, source, tensors, kind, delta))
     for name, embedding in embeddings.items():

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_engine import nf4
-from lora_engine.adapter import LoraWeights
 from lora_engine.errors import AdapterError
-from lora_engine.exporting.deltas import Deltas, norm
+from lora_engine.exporting.deltas import Delta, Deltas
 from lora_engine.exporting.pipeline import Files
 from lora_engine.exporting.streamed import dequantized
 from lora_engine.safetensors_file import Entry
@@ -120,7 +119,7 @@ class Sums:
         self.rounding = Rounding()
         self._deltas, self._files, self._encode = deltas, files, encode
         self._piece: Piece | None = None
-        self._factors: LoraWeights | None = None
+        self._delta: Delta | None = None
         self._dequantized: Tensor | None = None
 
     def compute(self, block: Block, data: Tensor) -> Tensor:
@@ -154,22 +153,22 @@ class Sums:
 
     def _sum(self, piece: Piece, weight: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Weight + delta in fp32; and what is lost by that, where nothing else is lost after it."""
-        if self._factors is None:
+        if self._delta is None or piece.module is None:
             return weight, None
-        A, B = self._factors.A, self._factors.B
-        left, right = (A.t(), B.t()) if piece.transposed else (B, A)
-        if piece.dtype != "F32":
-            return weight.addmm_(left[start:stop], right), None  # in memory that nobody else reads
-        delta = left[start:stop] @ right
-        return weight + delta, _lost(weight, delta)
+        if self._delta.squared_norm is not None and piece.dtype != "F32":
+            return self._delta.add_to(weight, start, stop, transposed=piece.transposed), None
+        delta = self._delta.part(start, stop, transposed=piece.transposed)
+        if self._delta.squared_norm is None:
+            self.rounding.deltas[piece.module] += float(torch.dot(delta.reshape(-1), delta.reshape(-1)))
+        return weight + delta, _lost(weight, delta) if piece.dtype == "F32" else None
 
     def _turn_to(self, piece: Piece) -> None:
         if piece is self._piece:
             return
-        self._piece, self._factors, self._dequantized = piece, None, None
+        self._piece, self._delta, self._dequantized = piece, None, None
         if piece.module is not None:
-            self._factors = self._deltas.factors(piece.module)
-            self.rounding.deltas[piece.module] = norm(self._factors) ** 2
+            self._delta = self._deltas.delta(piece.module)
+            self.rounding.deltas[piece.module] = self._delta.squared_norm or 0.0
             self.rounding.errors[piece.module] = 0.0
         if piece.quantization != "none":
             self._dequantized = dequantized(partial(self._whole, piece), piece.quantization)
