@@ -23,7 +23,7 @@ from lora_engine import analysis_signs, analysis_subspaces, heat_maps
 from lora_engine.adapter_header import digest, inspect
 from lora_engine.analysis_config import AnalyzeSpec
 from lora_engine.analysis_signs import Signs
-from lora_engine.base_norms import BaseNorms
+from lora_engine.base_weights import BaseWeights
 from lora_engine.errors import SpecError
 from lora_engine.folders import published
 from lora_engine.merging.arrays import Wide
@@ -78,7 +78,7 @@ def analyze(spec: AnalyzeSpec, tell: Callable[[int, int], None] | None = None) -
         AdapterError: the adapters are not of one base model, or not of `spec.base_model`.
     """
     planned = _plan(spec)
-    base = None if spec.base_model is None else BaseNorms(Path(spec.base_model))
+    base = None if spec.base_model is None else BaseWeights(Path(spec.base_model))
     if base is not None:
         base.check({name: (item.outputs, item.inputs) for name, item in planned.modules.items()})
     index = {source.digest: place for place, source in enumerate(planned.sources)}

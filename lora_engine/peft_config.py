@@ -3,7 +3,7 @@
 A setting this reader does not know must be off: a key that silently changes the delta would make every sum wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any
@@ -49,8 +49,8 @@ def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
     return alpha / (sqrt(rank) if use_rslora else rank)
 
 
-def parse(config: Any) -> Settings:
-    """Settings of a decoded `adapter_config.json`.
+def parse(config: Any, taken: Collection[str] = ()) -> Settings:
+    """Settings of a decoded `adapter_config.json`; the caller takes care of the keys `taken`, whatever they say.
 
     `target_modules` of the result is empty where the config names its targets in a way that only the weights resolve
     (a regular expression, a selection of layers, exclusions).
@@ -64,7 +64,7 @@ def parse(config: Any) -> Settings:
         raise AdapterError(
             f"adapter_config.json: peft_type is {config.get('peft_type')!r}, only LORA adapters are read"
         )
-    _refuse(config)
+    _refuse({name: value for name, value in config.items() if name not in taken})
     return Settings(
         rank=_positive_int(config.get("r"), "r"),
         alpha=_number(config.get("lora_alpha"), "lora_alpha"),

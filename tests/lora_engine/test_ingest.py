@@ -1,0 +1,375 @@
+"""Adapters as stock PEFT saves them, taken in, and computed with by stock PEFT again: the logits must not change."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lora_engine import adapter
+from lora_engine.errors import AdapterError, SpecError
+from lora_engine.ingest import ingest
+from lora_engine.ingest_config import IngestConfig, IngestSpec
+from tests.tiny_model import make_tiny_gpt2, make_tiny_model
+
+IDS = torch.arange(5, 37)[None]
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ATTENTION = ["q_proj", "v_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("base"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tied"))
+
+
+def foreign(base: Path, folder: Path, change: Callable[[Any], None] | None = None, **settings: Any) -> Path:
+    """An adapter of PEFT's with random weights; `change` may do more to the model before it is saved."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **{"r": 4, **settings})
+    )
+    randomize(model)
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def randomize(model: Any, size: float = 0.2) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * size
+
+
+def logits(base: Path, folder: Path | None) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, str(folder))
+    with torch.no_grad():
+        result: Tensor = model.eval()(IDS).logits
+    return result
+
+
+def taken(base: Path | None, source: Path, **settings: Any) -> tuple[Path, dict[str, Any]]:
+    """The folder of the adapter taken in, and its certificate."""
+    output = source.parent / "taken"
+    ingest(IngestSpec(folder=str(source), output=str(output), base_model=base and str(base), **settings))
+    certificate: dict[str, Any] = json.loads((output / "ingest.json").read_text())
+    return output, certificate
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(change(tensors), folder / WEIGHTS)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+EXACT: dict[str, dict[str, Any]] = {
+    "plain": {"lora_alpha": 8, "target_modules": ATTENTION},
+    "rsLoRA": {"lora_alpha": 8, "use_rslora": True, "target_modules": ATTENTION},
+    "patterns and rsLoRA": {
+        "lora_alpha": 8, "use_rslora": True, "target_modules": [*ATTENTION, "up_proj"],
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6, "^model.layers.0.mlp.up_proj": 3},
+        "alpha_pattern": {r".*\.1\..*": 3, "up_proj": 5},
+    },
+    "some layers": {"target_modules": ATTENTION, "layers_to_transform": [1]},
+    "one layer of a named list": {"target_modules": ATTENTION, "layers_to_transform": 0, "layers_pattern": "layers"},
+    "exclusions": {"target_modules": ATTENTION, "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "excluded by expression": {"target_modules": "all-linear", "exclude_modules": r".*\.(mlp|o_proj).*"},
+    "a regular expression": {"target_modules": r".*layers\.(0|1)\.(self_attn\.[qv]_proj|mlp\.(?:up|down)_proj)$"},
+    "the head": {"target_modules": ["lm_head", "q_proj"]},
+    "no start": {"target_modules": ATTENTION, "init_lora_weights": False},
+    "gaussian": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_what_is_b_times_a_is_taken_in_exactly(case: str, base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", **EXACT[case])
+    output, certificate = taken(base, source, base_digest="d" * 64, base_model_name="org/base")
+    expected = logits(base, source)
+    assert (expected - logits(base, None)).abs().max() > 0.1
+    torch.testing.assert_close(logits(base, output), expected, rtol=1e-5, atol=1e-5)
+    assert (certificate["relative_error"], certificate["converted"]) == (0, [])
+    assert {item["how"] for item in certificate["modules"].values()} == {"exact"}
+    found = adapter.read(output)
+    assert (found.base_digest, found.base_model_name) == ("d" * 64, "org/base")
+    blind, _ = taken(None, source)  # without the base model, too
+    torch.testing.assert_close(logits(base, blind), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_plain_adapter_keeps_its_bits_and_is_named_by_last_names(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", lora_alpha=8, target_modules=r".*\.[qv]_proj")
+    output, _ = taken(base, source)
+    before, after = load_file(source / WEIGHTS), load_file(output / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((output / "adapter_config.json").read_text())["target_modules"] == ATTENTION
+
+
+def test_conv1d_layers_are_taken_in(tmp_path: Path) -> None:
+    base = make_tiny_gpt2(tmp_path / "base")
+    source = foreign(base, tmp_path / "peft", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    output, _ = taken(base, source)
+    edit_config(output, fan_in_fan_out=True)  # PEFT wants to be told, and changes nothing by it
+    torch.testing.assert_close(logits(base, output), logits(base, source), rtol=1e-5, atol=1e-5)
+
+
+def test_lora_on_a_tied_head_is_the_heads_alone(tied: Path, tmp_path: Path) -> None:
+    source = foreign(tied, tmp_path / "peft", target_modules=["lm_head", "q_proj"])
+    output, certificate = taken(tied, source)
+    assert certificate["modules"]["lm_head"]["tied"]
+    assert "the head's alone" in certificate["notes"][0]
+    torch.testing.assert_close(logits(tied, output), logits(tied, source), rtol=1e-5, atol=1e-5)
+
+
+def name_the_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+
+
+def drop_the_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [(name_the_adapter, "the adapter's name, default"), (drop_the_prefix, "had no base_model.model.")],
+)
+def test_other_layouts_of_keys_are_read_and_noted(change: Any, note: str, base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION)
+    expected = logits(base, source)
+    edit_tensors(source, change)
+    output, certificate = taken(base, source)
+    assert note in certificate["notes"][0]
+    torch.testing.assert_close(logits(base, output), expected, rtol=1e-5, atol=1e-5)
+
+
+def train_magnitudes(model: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dora_at_full_rank_is_exact(rslora: bool, base: Path, tmp_path: Path) -> None:
+    settings = {"lora_alpha": 3, "use_dora": True, "use_rslora": rslora, "target_modules": [*ATTENTION, "down_proj"]}
+    source = foreign(base, tmp_path / "peft", train_magnitudes, **settings)
+    output, certificate = taken(base, source, ingest=IngestConfig(rank=64, max_error=1e-5))
+    torch.testing.assert_close(logits(base, output), logits(base, source), rtol=1e-4, atol=1e-4)
+    assert certificate["relative_error"] < 1e-6
+    assert len(certificate["converted"]) == 6
+
+
+def test_dora_of_conv1d_layers_is_converted(tmp_path: Path) -> None:
+    base = make_tiny_gpt2(tmp_path / "base")
+    settings = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "use_dora": True}
+    source = foreign(base, tmp_path / "peft", train_magnitudes, **settings)
+    output, _ = taken(base, source, ingest=IngestConfig(rank=32, max_error=1e-5))
+    edit_config(output, fan_in_fan_out=True)
+    torch.testing.assert_close(logits(base, output), logits(base, source), rtol=1e-4, atol=1e-4)
+
+
+def test_the_certificate_of_dora_is_its_dense_optimum(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", train_magnitudes, use_dora=True, target_modules=["q_proj"])
+    output, certificate = taken(base, source, ingest=IngestConfig(rank=6, max_error=1))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(source)).merge_and_unload()
+    found = adapter.read(output)
+    for name, facts in certificate["modules"].items():
+        change = (merged.get_submodule(name).weight - plain.get_submodule(name).weight).detach().double()
+        S = torch.linalg.svdvals(change)
+        measured = (change - adapter.delta(found, name)).norm() / change.norm()
+        assert facts["relative_error"] == pytest.approx(measured.item(), rel=1e-4)
+        assert facts["relative_error"] == pytest.approx((S[6:].norm() / S.norm()).item(), rel=1e-4)
+    with pytest.raises(AdapterError, match=r"at rank 6 DoRA is off by .* give a larger rank"):
+        taken(base, source, ingest=IngestConfig(rank=6, max_error=0.01))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_that_moved_the_base_is_converted_with_its_start(
+    start: str, rslora: bool, base: Path, tmp_path: Path
+) -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=ATTENTION, init_lora_weights=start, use_rslora=rslora
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "initial", save_embedding_layers=False)
+    randomize(model)
+    with torch.no_grad():
+        trained = model.eval()(IDS).logits
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    output, certificate = taken(base, tmp_path / "peft", initial=str(tmp_path / "initial"))
+    torch.testing.assert_close(logits(base, output), trained, rtol=1e-4, atol=1e-4)
+    assert {item["rank"] for item in certificate["modules"].values()} == {8}
+    with pytest.raises(AdapterError, match="as it was before training"):
+        taken(base, tmp_path / "peft")
+    other = foreign(base, tmp_path / "other", target_modules=["q_proj"])
+    with pytest.raises(AdapterError, match="not of the same modules"):
+        taken(base, tmp_path / "peft", initial=str(other))
+    with pytest.raises(AdapterError, match="leave it out"):
+        taken(base, other, initial=str(other))
+
+
+def test_whole_modules_that_equal_the_base_are_left_out(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION, modules_to_save=["lm_head", "embed_tokens"])
+    output, certificate = taken(base, source)
+    assert sorted(certificate["notes"]) == [
+        "lm_head.weight equals the base model's and was left out",
+        "model.embed_tokens.weight equals the base model's and was left out",
+    ]
+    torch.testing.assert_close(logits(base, output), logits(base, source), rtol=1e-5, atol=1e-5)
+
+
+def train_head(model: Any) -> None:
+    weight = model.base_model.model.lm_head.modules_to_save["default"].weight
+    weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * 0.1
+
+
+def test_a_linear_layer_trained_whole_becomes_its_best_low_rank_form(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", train_head, target_modules=ATTENTION, modules_to_save=["lm_head"])
+    output, certificate = taken(base, source, ingest=IngestConfig(rank=32, max_error=1e-5))
+    torch.testing.assert_close(logits(base, output), logits(base, source), rtol=1e-4, atol=1e-4)
+    assert certificate["converted"] == ["lm_head"]
+    with pytest.raises(AdapterError, match=r"lm_head\.weight: trained whole \(modules_to_save\); give a rank"):
+        taken(base, source)
+    with pytest.raises(AdapterError, match="without the base model"):
+        taken(None, source)
+
+
+def test_norms_and_embeddings_trained_whole_are_refused(base: Path, tmp_path: Path) -> None:
+    def train(model: Any) -> None:
+        model.base_model.model.model.norm.modules_to_save["default"].weight += 0.1
+
+    source = foreign(base, tmp_path / "peft", train, target_modules=ATTENTION, modules_to_save=["norm"])
+    with pytest.raises(AdapterError, match=r"model\.norm\.weight: trained whole .* no linear layer"):
+        taken(base, source, ingest=IngestConfig(rank=4))
+
+
+def test_added_tokens_are_refused_by_name(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION)
+    grown = torch.zeros(400, 32)
+    edit_tensors(source, lambda tensors: tensors | {f"{PREFIX}model.embed_tokens.weight": grown})
+    with pytest.raises(AdapterError, match=r"embed_tokens\.weight: \[400, 32\] in the adapter.*tokens were added"):
+        taken(base, source)
+    head = foreign(base, tmp_path / "head", target_modules=["lm_head"])
+    edit_tensors(head, lambda tensors: {n: torch.cat([t, t])[:400] if "B" in n else t for n, t in tensors.items()})
+    with pytest.raises(AdapterError, match=r"lm_head \(400 × 32\) is .* tokens were added"):
+        taken(base, head)
+
+
+def test_a_bias_of_b_is_dropped_where_it_is_zero_and_refused_otherwise(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION, lora_bias=True)
+    edit_tensors(
+        source, lambda tensors: {n: torch.zeros_like(t) if n.endswith("bias") else t for n, t in tensors.items()}
+    )
+    output, _ = taken(base, source)
+    torch.testing.assert_close(logits(base, output), logits(base, source), rtol=1e-5, atol=1e-5)
+    edit_tensors(source, lambda tensors: {n: t + 1 if n.endswith("bias") else t for n, t in tensors.items()})
+    with pytest.raises(AdapterError, match=r"lora_B\.bias: a trained bias"):
+        taken(base, source)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "IA3": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+    "DoRA without a rank": ({"use_dora": True}, "lora_magnitude_vector is missing|give a rank"),
+    "biases": ({"bias": "lora_only"}, "bias is 'lora_only'"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, "a base model that LoftQ quantised"),
+    "a start of the future": ({"init_lora_weights": "quantum"}, "not known whether that changes the base"),
+    "token rows": ({"trainable_token_indices": [1]}, "rows of the embedding"),
+    "fused experts": ({"target_parameters": ["experts.up"]}, "no linear layers"),
+    "repeated layers": ({"layer_replication": [[0, 2]]}, "repeated layers"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, "only active after certain tokens"),
+    "a setting of the future": ({"use_quantum": 1}, "use_quantum is set"),
+    "not targeted": ({"target_modules": ["q_proj"]}, "v_proj: the file has weights of it, but"),
+    "not targeted by an expression": ({"target_modules": r".*\.q_proj"}, "PEFT would not load them"),
+    "excluded": ({"exclude_modules": ["v_proj"]}, "PEFT would not load them"),
+    "another layer": ({"layers_to_transform": [1]}, "PEFT would not load them"),
+    "slow expression": ({"target_modules": "((a+)+)+(?=b)"}, "looks around"),
+    "rank": ({"r": 8}, "do not have the config's rank 8"),
+    "flag": ({"use_dora": "yes"}, "use_dora is 'yes'|use_dora is yes"),
+    "layers": ({"layers_to_transform": ["1"]}, "must be numbers of layers"),
+    "targets": ({"target_modules": {"q_proj": 1}}, "must be names or a regular expression"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_cannot_be_kept_are_refused_with_the_reason(case: str, base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION)
+    changes, reason = REFUSED[case]
+    edit_config(source, **changes)
+    with pytest.raises(AdapterError, match=reason):
+        taken(base, source)
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
+TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "embedding": ({f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.ones(4, 9)}, "LoRA on an embedding"),
+    "token rows": ({f"{PREFIX}x.token_adapter.trainable_tokens_delta": torch.ones(4, 9)}, "rows of the embedding"),
+    "magnitude": ({f"{Q}.lora_magnitude_vector": torch.ones(32)}, "use_dora is not set"),
+    "bias": ({f"{Q}.lora_B.bias": torch.ones(32)}, "which the config .* does not name"),
+    "half a module": ({f"{PREFIX}model.layers.0.mlp.v_proj.lora_A.weight": torch.ones(4, 9)}, "lora_B is missing"),
+    "stranger": ({f"{PREFIX}model.layers.0.mlp.up_proj.weight": torch.ones(4)}, "not in modules_to_save"),
+    "prefix": ({"x.lora_A.weight": torch.ones(4, 9)}, "base_model.model. is missing before it"),
+    "name": ({f"{PREFIX}a b": torch.ones(1)}, "not the name of a tensor"),
+    "type": ({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}, "type I32 are not read"),
+    "twice": ({f"{Q}.lora_A.other.weight": torch.ones(4, 32)}, "several adapters|two of it"),
+    "shape": ({f"{Q}.lora_A.weight": torch.ones(4, 33)}, r"q_proj \(32 × 33\) is 32 × 32 there"),
+    "NaN": ({f"{Q}.lora_A.weight": torch.full((4, 32), float("nan"))}, r"q_proj\.lora_A\.weight: values that are not"),
+    "infinite": ({f"{Q}.lora_B.weight": torch.full((32, 4), float("inf"))}, r"lora_B\.weight: values that are not"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_cannot_be_kept_are_refused_by_name(case: str, base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION)
+    changes, reason = TENSORS[case]
+    edit_tensors(source, lambda tensors: tensors | changes)
+    with pytest.raises(AdapterError, match=reason):
+        taken(base, source)
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+def test_another_base_model_and_other_files_are_refused(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION)
+    with pytest.raises(AdapterError, match="not among its linear layers: the adapter is of another base model"):
+        taken(make_tiny_gpt2(tmp_path / "gpt2"), source)
+    (source / WEIGHTS).rename(source / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"\.bin and \.pt files run code"):
+        taken(base, source)
+    with pytest.raises(SpecError, match="name base_model"):
+        IngestSpec(folder="a", output="b", ingest=IngestConfig(rank=4))
+
+
+def test_a_tell_that_raises_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION)
+    told = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(IngestSpec(folder=str(source), output=str(tmp_path / "out"), base_model=str(base)), tell)
+    assert told == [(0, 4), (1, 4), (2, 4)]
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
