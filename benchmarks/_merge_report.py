@@ -58,7 +58,8 @@ def markdown(sections: Sequence[Section], options: argparse.Namespace) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "peft", "transformers"))
     head = f"""# Merging and exporting adapters
 
-{_processor()}, {os.cpu_count()} cores, {options.threads} thread(s); {packages}; {options.rounds} rounds, medians.
+{_processor()}, {os.cpu_count()} cores, {options.threads} thread(s) for torch and numpy alike; {packages};
+{options.rounds} rounds, medians.
 """
     return "\n".join([head, *map(_section, sections)])
 

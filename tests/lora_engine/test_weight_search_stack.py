@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_engine import adapter_header, data, passes
+from lora_engine import adapter_header, base_model, data, passes
 from lora_engine.base_model import BaseModel
 from lora_engine.errors import SpecError
 from lora_engine.target_modules import Module, matches
 from lora_engine.weight_search_stack import WeightedStack, group, pattern
 from tests.lora_engine.weighted_stacks import dense_loss, random_adapter
+from tests.tiny_model import make_tiny_gpt2
 
 
 @pytest.fixture
@@ -28,6 +29,19 @@ def folders(base: BaseModel, tmp_path: Path) -> list[Path]:
 def test_the_gradient_is_that_of_finite_differences(
     base: BaseModel, dataset: Path, folders: list[Path], per: Any, kind: Any
 ) -> None:
+    assert_gradient(base, dataset, folders, per, kind)
+
+
+def test_the_gradient_on_a_model_without_a_path_of_ours(dataset: Path, tmp_path: Path) -> None:
+    base = base_model.load(make_tiny_gpt2(tmp_path / "base"))
+    folders = [
+        random_adapter(tmp_path / "one", base, 1, rank=2, alpha=3),
+        random_adapter(tmp_path / "two", base, 2, rank=1, alpha=4, last=("c_attn",)),
+    ]
+    assert_gradient(base, dataset, folders, "layer", passes.choose)
+
+
+def assert_gradient(base: BaseModel, dataset: Path, folders: list[Path], per: Any, kind: Any) -> None:
     documents = list(data.read(dataset, base.tokenizer, 128).documents[:4])
     with WeightedStack(base, [adapter_header.inspect(folder) for folder in folders], per) as stack:
         weights = torch.linspace(-0.7, 0.4, stack.shape[0] * stack.shape[1], dtype=torch.float64).view(stack.shape)

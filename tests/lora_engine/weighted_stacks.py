@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lora_engine import adapter
 from lora_engine.adapter import Adapter, LoraWeights
@@ -41,7 +42,8 @@ def dense_loss(
         source = adapter.read(folder)
         for name in source.weights:
             place = list(groups).index(group(name, "adapter" if list(groups) == [""] else "layer"))
-            model.get_submodule(name).weight.data += row[place] * adapter.delta(source, name)
+            layer, delta = model.get_submodule(name), row[place] * adapter.delta(source, name)
+            layer.weight.data += delta.T if isinstance(layer, Conv1D) else delta
     total = 0.0
     for document in documents:
         with torch.no_grad():
