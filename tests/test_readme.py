@@ -53,7 +53,11 @@ def test_the_tour_with_curl(embedded: Embedded, tmp_path: Path) -> None:
         names = {Path(name).name for name in archive.getnames()}
     assert {"adapter_config.json", "adapter_model.safetensors", "lineage.json"} <= names
     (merge,) = embedded.get("/jobs?kind=merge")["data"]
-    assert embedded.ended(merge["id"])["status"] == "succeeded"
+    assert merge["status"] == "succeeded"
+    (alias,) = embedded.get("/adapters/aliases")["data"]
+    assert (alias["alias"], alias["adapter"]) == ("orders-live", merge["adapter"])
+    with tarfile.open(tmp_path / "export.tar") as archive:
+        assert any(name.endswith(".gguf") for name in archive.getnames())
 
 
 @pytest.mark.parametrize("command", [line for line in LINES if line[0] == "make"], ids=" ".join)
