@@ -81,8 +81,10 @@ class MergeConfig:
     (2408.07990) and "magnitude_prune".
 
     By weights that follow from the angles between the deltas, exact as a stack: "slerp" (of two), "karcher" (mean of
-    directions on the sphere), "model_stock" (2403.19522). "project_out": the first adapter without what lies in the
-    subspace of the others.
+    directions on the sphere), both by the ratio of the weights alone, and "model_stock" (2403.19522). In these and the
+    nonlinear methods an adapter takes no part in a module that it does not change.
+
+    "project_out": the first adapter without what lies in the subspace of the others.
 
     An option that is left out has the default of the method (`OPTIONS`).
 
@@ -98,7 +100,7 @@ class MergeConfig:
         scope: what density, gamma and angles are taken over: each "module", or the whole "adapter".
         basis: "knots" (arXiv 2410.19735) shares the column space, "core" (2509.17786) column and row space.
         normalize: the kept values of one sign are averaged ("count", as the paper does), averaged by weight
-            ("weight", as mergekit does) or added up ("none").
+            ("weight", as mergekit does where weights are positive) or added up ("none").
         subspace: of "project_out": the "span" of the others' deltas, their "column" or "row" space, or "both".
         seed: of "dare_linear", "dare_ties" and "della".
         dtype: of the weights file.

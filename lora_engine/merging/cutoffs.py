@@ -4,7 +4,7 @@ A magnitude is found exactly and in memory of one block, by counting the upper a
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ _LOW_BITS = 15  # of 31: the sign is not counted
 
 # Blocks of rows with the digests of their adapters: X (k × rows × columns). Called as often as they are read.
 Blocks: TypeAlias = Callable[[], Iterable[tuple[Sequence[str], Tensor]]]
-Magnitudes: TypeAlias = Callable[[], Iterable[Tensor]]
+Magnitudes: TypeAlias = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +43,39 @@ def cutoffs(method: str, options: Mapping[str, Any], blocks: Blocks) -> Cutoffs:
 
 
 def _magnitudes(density: float, gamma: float, blocks: Blocks) -> Cutoffs:
-    sizes: dict[str, int] = defaultdict(int)
-    for digests, X in blocks():
-        for digest, values in zip(digests, X, strict=True):
-            sizes[digest] += values.numel()
-    low, high = {}, {}
-    for digest, size in sizes.items():
+    def magnitudes() -> Iterator[tuple[str, Tensor]]:
+        for digests, X in blocks():
+            yield from zip(digests, X.abs(), strict=True)
+
+    def places(size: int, _: int) -> list[int]:
         left_out = int(gamma * size)
-        kept = min(size, left_out + max(1, int(density * size)))
-        found = nth_largest(_of(blocks, digest), [kept, left_out] if left_out else [kept])
-        low[digest], high[digest] = found[0], found[1] if left_out else float("inf")
-    return Cutoffs(low=low, high=high)
+        return [min(size, left_out + max(1, int(density * size))), *([left_out] if left_out else [])]
 
-
-def _of(blocks: Blocks, wanted: str) -> Magnitudes:
-    return lambda: (
-        values.abs() for digests, X in blocks() for d, values in zip(digests, X, strict=True) if d == wanted
-    )
+    found = nth_largest(magnitudes, places)
+    high = {digest: values[1] if len(values) > 1 else float("inf") for digest, values in found.items()}
+    return Cutoffs(low={digest: values[0] for digest, values in found.items()}, high=high)
 
 
 def _spread(density: float, blocks: Blocks) -> Cutoffs:
-    count, alone = 0, True
-    for digests, X in blocks():
-        alone = alone and len(digests) == 1
-        count += int(variance(X).count_nonzero())
+    def variances() -> Iterator[tuple[str, Tensor]]:
+        # Alone, an adapter differs from nothing, and is kept whole.
+        yield from (("", variance(X)) for _, X in blocks() if len(X) > 1)
+
     spread = 0.0
-    if density < 1 and not alone:  # alone, an adapter differs from nothing
-        kept = int(density * count)
-        spread = nth_largest(lambda: (variance(X) for _, X in blocks()), [kept])[0] if kept else float("inf")
+    if density < 1:
+        found = nth_largest(variances, lambda _, nonzero: [int(density * nonzero)] if int(density * nonzero) else [])
+        spread = (found[""] or [float("inf")])[0] if found else 0.0
     energy: dict[str, float] = defaultdict(float)
     for digests, X in blocks():
-        selected = X * (variance(X) >= spread)
+        selected = X * chosen(X, spread)
         for digest, values in zip(digests, selected, strict=True):
             energy[digest] += float(values.double().square().sum())
     return Cutoffs(energy=energy, spread=spread)
+
+
+def chosen(X: Tensor, spread: float) -> Tensor:
+    """The places (rows × columns) where the adapters differ enough; all of an adapter that is alone."""
+    return variance(X) >= spread if len(X) > 1 else torch.ones_like(X[0], dtype=torch.bool)
 
 
 def variance(X: Tensor) -> Tensor:
@@ -84,22 +83,39 @@ def variance(X: Tensor) -> Tensor:
     return X.var(dim=0, unbiased=False).float()
 
 
-def nth_largest(magnitudes: Magnitudes, counts: Sequence[int]) -> list[float]:
-    """The n-th largest of numbers that are not negative, for every n (from 1) in `counts`; exact for fp32."""
-    upper = torch.zeros(1 << (31 - _LOW_BITS), dtype=torch.int64)
-    for values in magnitudes():
-        upper += torch.bincount(_bits(values) >> _LOW_BITS, minlength=len(upper))
-    prefixes, rests = zip(*(_bucket(upper, count) for count in counts), strict=True)
-    lower = {prefix: torch.zeros(1 << _LOW_BITS, dtype=torch.int64) for prefix in prefixes}
-    for values in magnitudes():
+def nth_largest(magnitudes: Magnitudes, places: Callable[[int, int], Sequence[int]]) -> dict[str, list[float]]:
+    """For every key, the n-th largest of its numbers, which are not negative; exact for fp32, in two passes.
+
+    Args:
+        magnitudes: blocks of numbers with their keys, each time anew.
+        places: every n (from 1) for a key that has so many numbers, and so many that are not 0.
+    """
+    upper: dict[str, Tensor] = {}
+    nonzero: dict[str, int] = defaultdict(int)
+    for key, values in magnitudes():
+        counts = torch.bincount(_bits(values) >> _LOW_BITS, minlength=1 << (31 - _LOW_BITS))
+        upper[key] = upper[key] + counts if key in upper else counts
+        nonzero[key] += int(values.count_nonzero())
+    buckets = {
+        key: [_bucket(counts, place) for place in places(int(counts.sum()), nonzero[key])]
+        for key, counts in upper.items()
+    }
+    lower = {
+        (key, bucket): torch.zeros(1 << _LOW_BITS, dtype=torch.int64) for key in buckets for bucket, _ in buckets[key]
+    }
+    for key, values in magnitudes():
         bits = _bits(values)
-        for prefix, histogram in lower.items():
-            chosen = bits[(bits >> _LOW_BITS) == prefix]
-            histogram += torch.bincount(chosen & ((1 << _LOW_BITS) - 1), minlength=len(histogram))
-    found = [
-        (prefix << _LOW_BITS) | _bucket(lower[prefix], rest)[0] for prefix, rest in zip(prefixes, rests, strict=True)
-    ]
-    return [float(torch.tensor(bits, dtype=torch.int32).view(torch.float32)) for bits in found]
+        for bucket in {bucket for bucket, _ in buckets[key]}:
+            within = bits[(bits >> _LOW_BITS) == bucket] & ((1 << _LOW_BITS) - 1)
+            lower[key, bucket] += torch.bincount(within, minlength=1 << _LOW_BITS)
+    return {
+        key: [_number(bucket << _LOW_BITS | _bucket(lower[key, bucket], rest)[0]) for bucket, rest in buckets[key]]
+        for key in buckets
+    }
+
+
+def _number(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from lora_engine.adapter_header import FACTORS, PREFIX, WEIGHTS
 from lora_engine.errors import AdapterError
 from lora_engine.merging.arrays import Array, Wide
-from lora_engine.merging.sources import ModulePlan
+from lora_engine.merging.sources import ModulePlan, Part
 from lora_engine.safetensors_file import Entry, read_array, read_header
 
 
@@ -48,6 +48,19 @@ def load(module: str, plan: ModulePlan, *, weighted: bool = True) -> Factors:
         blocks.append(block)
         start = block.stop
     return Factors(B, A, scale, tuple(blocks))
+
+
+def changing(factors: Factors, parts: tuple[Part, ...]) -> tuple[Factors, tuple[Part, ...]]:
+    """Without the parts that are zero here, as where an adapter has a module only because its loaders want it."""
+    kept = [index for index, block in enumerate(factors.blocks) if factors.B[:, block].any() and factors.A[block].any()]
+    sizes = [parts[index].rank for index in kept]
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    columns = np.zeros(factors.scale.size, dtype=bool)
+    for index in kept:
+        columns[factors.blocks[index]] = True
+    blocks = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    left = Factors(factors.B[:, columns], factors.A[columns], factors.scale[columns], blocks)
+    return left, tuple(parts[index] for index in kept)
 
 
 def _read(folder: Path, name: str, shape: tuple[int, int]) -> Array:

@@ -24,7 +24,7 @@ _MOST_STEPS = 1000
 def exact(plan: Plan) -> Callable[[str], Factors]:
     """The result of every module, as factors.
 
-    With scope "module" each module has its own angles, and where only some of the adapters have it, they alone count.
+    With scope "module" each module has its own angles, and where only some of the adapters change it, they alone count.
     With scope "adapter" the adapters are compared as a whole; what one lacks is zero there.
     """
     if plan.config.options.get("scope") == "adapter":
@@ -47,17 +47,19 @@ def coefficients(method: str, inner: Wide, weights: Wide) -> Wide:
     "model_stock" (arXiv 2403.19522): the mean of the weighted deltas, times t = k·cosθ / (1 + (k - 1)·cosθ) with the
     mean cosine between them, which is where the base model and the mean are in balance.
     """
-    if len(weights) == 1:
-        return weights.copy() if method == "model_stock" else np.ones(1)
-    found: Wide = {"slerp": _slerp, "karcher": _karcher, "model_stock": _model_stock}[method](inner, weights)
+    found = np.zeros(len(weights))
+    given = np.flatnonzero(np.diagonal(inner))  # a delta of zeros has no direction, and takes no part
+    inner, weights = inner[np.ix_(given, given)], weights[given]
+    if len(given) == 1:
+        found[given] = weights if method == "model_stock" else 1.0
+    elif len(given):
+        found[given] = {"slerp": _slerp, "karcher": _karcher, "model_stock": _model_stock}[method](inner, weights)
     return found
 
 
 def _of_module(plan: Plan, module: str) -> Factors:
-    parts = plan.modules[module].parts
-    if not parts:
-        return load(module, plan.modules[module])
     factors = load(module, plan.modules[module], weighted=False)
+    parts = plan.modules[module].parts
     weights = np.array([part.weight for part in parts])
     try:
         found = coefficients(plan.config.method, products(factors), weights)
@@ -96,7 +98,6 @@ def _whole(plan: Plan) -> Mapping[str, float]:
 
 def _cosines(inner: Wide) -> Wide:
     lengths = np.sqrt(np.diagonal(inner))
-    lengths[lengths == 0] = 1  # a delta of zeros is at right angles to all
     cosines: Wide = np.clip(inner / np.outer(lengths, lengths), -1, 1)
     return cosines
 
@@ -121,11 +122,7 @@ def _model_stock(inner: Wide, weights: Wide) -> Wide:
 def _karcher(inner: Wide, weights: Wide) -> Wide:
     lengths: Wide = np.sqrt(np.diagonal(inner))
     length = float(weights @ lengths / weights.sum())
-    if not length:
-        return np.zeros_like(weights)
-    shares = np.where(lengths > 0, weights, 0.0)
-    shares /= shares.sum()
-    cosines = _cosines(inner)
+    shares, cosines = weights / weights.sum(), _cosines(inner)
     mean = _on_sphere(shares, cosines)
     for _ in range(_MOST_STEPS):
         angles: Wide = np.arccos(np.clip(cosines @ mean, -1, 1))
@@ -133,7 +130,7 @@ def _karcher(inner: Wide, weights: Wide) -> Wide:
         tangent = pulls - float(pulls @ (cosines @ mean)) * mean
         size = sqrt(max(float(tangent @ cosines @ tangent), 0.0))
         if size < _CONVERGED:
-            found: Wide = length * mean / np.where(lengths > 0, lengths, 1.0)
+            found: Wide = length * mean / lengths
             return found
         mean = _on_sphere(cos(size) * mean + sin(size) / size * tangent, cosines)
     raise AdapterError("the adapters point in opposite directions, which have no mean on the sphere; use linear")

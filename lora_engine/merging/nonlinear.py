@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.merging import chance
-from lora_engine.merging.cutoffs import Cutoffs, variance
+from lora_engine.merging.cutoffs import Cutoffs, chosen
 
 
 def combine(
@@ -94,13 +94,13 @@ def _draws(
 
 
 def _disjoint(X: Tensor, weights: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """The elected sign's entries, averaged by number or weight, or added up."""
+    """The elected sign's entries, averaged by number or by size of weight, or added up."""
     votes = X if options["election"] == "mass" else X.sign()
     agree = (X.sign() == _elected(votes)) & (X != 0)
     merged = (X * agree).sum(dim=0)
     if options["normalize"] == "none":
         return merged
-    shares = torch.ones_like(weights) if options["normalize"] == "count" else weights
+    shares = torch.ones_like(weights) if options["normalize"] == "count" else weights.abs()
     divisor = (shares[:, None, None] * agree).sum(dim=0)
     return merged / torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor)
 
@@ -111,8 +111,7 @@ def _elected(votes: Tensor) -> Tensor:
 
 
 def _sce(X: Tensor, digests: Sequence[str], cutoffs: Cutoffs) -> Tensor:
-    if cutoffs.spread:
-        X = X * (variance(X) >= cutoffs.spread)
+    X = X * chosen(X, cutoffs.spread)
     energies = torch.tensor([cutoffs.energy[digest] for digest in digests], dtype=X.dtype)
     shares = energies / energies.sum() if energies.sum() else torch.full_like(energies, 1 / len(digests))
     agree = X.sign() == _elected(X)

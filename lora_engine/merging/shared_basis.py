@@ -17,9 +17,9 @@ from torch import Tensor
 from lora_engine.merging.arrays import Array, Wide
 from lora_engine.merging.certificate import Norms
 from lora_engine.merging.cutoffs import Cutoffs, cutoffs
-from lora_engine.merging.factors import Factors, load
+from lora_engine.merging.factors import Factors, changing, load
 from lora_engine.merging.nonlinear import combine
-from lora_engine.merging.sources import Plan
+from lora_engine.merging.sources import Part, Plan
 from lora_engine.merging.spectral import norms_of_dense
 
 _NEGLIGIBLE = 1e-7  # of the largest singular value: what fp32 inputs cannot tell from zero
@@ -66,32 +66,36 @@ def _directions(products: Wide) -> Wide:
     return directions
 
 
-def _shared(plan: Plan, module: str) -> Shared:
-    """With the weights multiplied into X; the basis itself does not depend on them."""
+def _shared(plan: Plan, module: str) -> tuple[Shared, tuple[Part, ...]]:
+    """With the weights multiplied into X; the basis itself does not depend on them. And the parts that X is of."""
     item = plan.modules[module]
-    shared = share(load(module, item, weighted=False), plan.config.options["basis"])
-    weights = np.array([part.weight for part in item.parts])
-    return replace(shared, X=shared.X * weights[:, None, None])
+    factors, parts = changing(load(module, item, weighted=False), item.parts)
+    if not parts:
+        return Shared(np.zeros((item.outputs, 0)), np.zeros((0, 0, item.inputs)), None), ()
+    shared = share(factors, plan.config.options["basis"])
+    weights = np.array([part.weight for part in parts])
+    return replace(shared, X=shared.X * weights[:, None, None]), parts
 
 
 def _all_blocks(plan: Plan) -> Iterator[tuple[Sequence[str], Tensor]]:
-    for module, item in plan.modules.items():
-        if item.parts:
-            yield [part.digest for part in item.parts], torch.from_numpy(_shared(plan, module).X)
+    for module in plan.modules:
+        shared, parts = _shared(plan, module)
+        if parts:
+            yield [part.digest for part in parts], torch.from_numpy(shared.X)
 
 
 def _of_module(plan: Plan, module: str, whole: Cutoffs | None) -> Factors:
-    if not plan.modules[module].parts:
-        return load(module, plan.modules[module])
-    shared = _shared(plan, module)
-    merged = _merged(plan, module, torch.from_numpy(shared.X), whole).numpy()
+    shared, parts = _shared(plan, module)
+    if not parts:
+        return Factors(shared.left, np.zeros((0, plan.modules[module].inputs)), np.zeros(0))
+    merged = _merged(plan, module, torch.from_numpy(shared.X), parts, whole).numpy()
     right = merged if shared.right is None else merged @ shared.right
     return Factors(shared.left, right, np.ones(right.shape[0]))
 
 
-def _merged(plan: Plan, module: str, X: Tensor, whole: Cutoffs | None) -> Tensor:
+def _merged(plan: Plan, module: str, X: Tensor, parts: tuple[Part, ...], whole: Cutoffs | None) -> Tensor:
     """By the plan's method, of blocks that are the whole of a module."""
-    method, options, parts = plan.config.method, plan.config.options, plan.modules[module].parts
+    method, options = plan.config.method, plan.config.options
     found = whole or cutoffs(method, options, lambda: [([part.digest for part in parts], X)])
     return combine(method, options, X, [(part.digest, part.weight) for part in parts], found, module)
 
@@ -108,19 +112,24 @@ def dense_error(plan: Plan, module: str, B: Array, A: Array, whole: Cutoffs | No
 
     Memory: k + 2 times the module. Time grows with it too, which for the factored result it does not.
     """
-    item = plan.modules[module]
-    merged = _merged(plan, module, _dense(load(module, item)), whole)
-    return norms_of_dense(merged), norms_of_dense(merged - torch.from_numpy(B) @ torch.from_numpy(A))
+    X, parts = _dense(plan, module)
+    written = torch.from_numpy(B) @ torch.from_numpy(A)
+    merged = _merged(plan, module, X, parts, whole) if parts else torch.zeros_like(written)
+    return norms_of_dense(merged), norms_of_dense(merged - written)
 
 
 def _all_dense(plan: Plan) -> Iterator[tuple[Sequence[str], Tensor]]:
-    for module, item in plan.modules.items():
-        if item.parts:
-            yield [part.digest for part in item.parts], _dense(load(module, item))
+    for module in plan.modules:
+        X, parts = _dense(plan, module)
+        if parts:
+            yield [part.digest for part in parts], X
 
 
-def _dense(factors: Factors) -> Tensor:
-    """The weighted deltas, fp32 (k × out × in)."""
+def _dense(plan: Plan, module: str) -> tuple[Tensor, tuple[Part, ...]]:
+    """The weighted deltas that are not zero, fp32 (k × out × in), and their parts."""
+    item = plan.modules[module]
+    factors, parts = changing(load(module, item), item.parts)
     B = torch.from_numpy((factors.B * factors.scale).astype(np.float32))
     A = torch.from_numpy(np.asarray(factors.A, np.float32))
-    return torch.stack([B[:, block] @ A[block] for block in factors.blocks])
+    blocks = [B[:, block] @ A[block] for block in factors.blocks]
+    return torch.stack(blocks) if blocks else torch.zeros(0, item.outputs, item.inputs), parts

@@ -13,7 +13,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.fields import from_mapping
 from lora_engine.merging import certificate
 from lora_engine.merging.certificate import ModuleCertificate, Norms, exact_norms
-from lora_engine.merging.config import MergeConfig
+from lora_engine.merging.config import MergeConfig, WeightedAdapter
 from lora_engine.merging.factors import Factors, load
 from lora_engine.merging.merge import exact_results
 from lora_engine.merging.recipe import digest
@@ -47,15 +47,15 @@ def verify(folder: Path, sources: Sequence[Path]) -> dict[str, Any]:
     exact = exact_results(merge)
     measured = {name: _measured(merge, name, exact(name), header) for name in merge.modules}
     for name, item in measured.items():
-        faults += _compared(name, item.to_mapping(), certified["modules"].get(name, {}))
+        faults += _compared(name, item.to_mapping(), _object(_object(certified, "modules"), name))
     totals = certificate.totals(measured)
-    faults += _compared("totals", totals, certified["totals"])
+    faults += _compared("totals", totals, _object(certified, "totals"))
     return {
         "verified": not faults,
         "faults": faults,
         "modules": len(measured),
         "totals": {name: totals[name] for name in _COMPARED},
-        "certified": {name: certified["totals"].get(name) for name in _COMPARED},
+        "certified": {name: _object(certified, "totals").get(name) for name in _COMPARED},
     }
 
 
@@ -74,18 +74,32 @@ def _near(measured: float | None, certified: Any) -> bool:
 
 
 def _plan(folder: Path, lineage: Mapping[str, Any], folders: Sequence[Path]) -> Plan:
-    recipe = lineage.get("recipe")
-    if not isinstance(recipe, dict):
-        raise AdapterError(f"{folder.name}: {LINEAGE} has no recipe; only merged adapters can be verified")
+    config, named = _recipe(folder, lineage)
     found = {adapter_digest(path): path for path in folders}
-    missing = [item["digest"] for item in recipe["sources"] if item["digest"] not in found]
+    missing = [digest for digest, _, _ in named if digest not in found]
     if missing:
         raise AdapterError(f"{folder.name}: was made of {', '.join(missing)} too; give all of its sources")
-    named = [
-        Source(inspect(found[item["digest"]]), item["digest"], item["weight"], dict(item["weights"]))
-        for item in recipe["sources"]
-    ]
-    return plan(from_mapping(MergeConfig, {"method": recipe["method"], **recipe["options"]}), named)
+    return plan(config, [Source(inspect(found[digest]), digest, weight, weights) for digest, weight, weights in named])
+
+
+def _recipe(folder: Path, lineage: Mapping[str, Any]) -> tuple[MergeConfig, list[tuple[str, float, dict[str, float]]]]:
+    """The recipe of a lineage, which may have been altered by anyone."""
+    recipe: Any = lineage.get("recipe")
+    try:
+        config = from_mapping(MergeConfig, {"method": recipe["method"], **recipe["options"]})
+        named = [
+            WeightedAdapter(path=item["digest"], weight=item["weight"], weights=dict(item["weights"]))
+            for item in recipe["sources"]
+        ]
+        return config, [(item.path, item.weight, dict(item.weights)) for item in named]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder.name}: {LINEAGE} has no recipe of a merge ({error})") from None
+
+
+def _object(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An entry that should be an object; anything else has nothing in it that could agree."""
+    found = document.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _measured(merge: Plan, module: str, exact: Factors, header: Header) -> ModuleCertificate:

@@ -51,9 +51,9 @@ class Drawn:
         return alpha / (sqrt(rank) if self.rslora else rank)
 
     def factors(self) -> dict[str, tuple[Any, Any]]:
-        random = np.random.default_rng(self.seed)
         found = {}
         for module in self.modules:
+            random = np.random.default_rng([self.seed, list(SHAPES).index(module)])
             out, width = SHAPES[module]
             A = random.standard_normal((self.rank_of(module), width)).astype(np.float32)
             found[module] = A, random.standard_normal((out, self.rank_of(module))).astype(np.float32)

@@ -31,13 +31,16 @@ def elect(deltas: Wide, election: str) -> Any:
 
 
 def disjoint(deltas: Wide, weights: Sequence[float], election: str, normalize: str) -> Wide:
-    """`deltas` are weighted. TIES' disjoint mean ("count"), mergekit's `normalize: true` ("weight") and `false`."""
+    """`deltas` are weighted. TIES' disjoint mean ("count"), mergekit's `normalize: true` ("weight") and `false`.
+
+    With a negative weight mergekit divides by a negative number, which loses the sign that the weight has put in.
+    """
     merged = np.zeros(deltas.shape[1:])
     agree = elect(deltas, election)
     for place in np.ndindex(*merged.shape):
         chosen = [index for index in range(len(deltas)) if agree[(index, *place)]]
         total = sum(deltas[(index, *place)] for index in chosen)
-        divisor = {"count": len(chosen), "weight": sum(weights[index] for index in chosen), "none": 1}[normalize]
+        divisor = {"count": len(chosen), "weight": sum(abs(weights[index]) for index in chosen), "none": 1}[normalize]
         merged[place] = total / divisor if abs(divisor) >= 1e-8 else total
     return merged
 

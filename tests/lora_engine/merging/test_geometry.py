@@ -97,6 +97,17 @@ def test_opposite_directions_have_no_mean() -> None:
     opposite = np.array([[1.0, -1.0], [-1.0, 1.0]])
     with pytest.raises(AdapterError, match="opposite directions"):
         coefficients("karcher", opposite, np.ones(2))
+
+
+def test_a_delta_of_zeros_takes_no_part() -> None:
+    inner = np.array([[4.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]])
+    for method in ("karcher", "model_stock"):
+        found = coefficients(method, inner, np.array([1.0, 5.0, 2.0]))
+        assert found[1] == 0
+        np.testing.assert_array_equal(
+            found[[0, 2]], coefficients(method, inner[np.ix_([0, 2], [0, 2])], np.array([1.0, 2.0]))
+        )
+    np.testing.assert_array_equal(coefficients("slerp", inner[:2, :2], np.array([1.0, 2.0])), [1.0, 0.0])
     assert not coefficients("karcher", np.zeros((2, 2)), np.ones(2)).any()
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_engine import safetensors_file
 from lora_engine.errors import AdapterError
-from lora_engine.merging.config import NONLINEAR, OPTIONS, MergeSpec, WeightedAdapter
+from lora_engine.merging.config import GEOMETRIC, NONLINEAR, OPTIONS, MergeSpec, WeightedAdapter
 from lora_engine.merging.merge import merge
 from tests.lora_engine.merging.adapters import (
     DOWN0,
@@ -149,6 +150,30 @@ def test_a_module_left_out_in_some_layers_is_written_as_zeros(tmp_path: Path) ->
     assert not found[DOWN0].any()
     assert found[DOWN1].any()
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"] == ["down_proj", "q_proj"]
+
+
+@pytest.mark.parametrize("basis", ["knots", "core", None])
+@pytest.mark.parametrize("method", [*GEOMETRIC, *NONLINEAR])
+def test_a_module_of_zeros_counts_as_one_that_is_not_there(method: str, basis: str | None, tmp_path: Path) -> None:
+    """Adapters are written with zeros where loaders want a module in every layer."""
+    first, third = Drawn(seed=1), Drawn(seed=3)
+    random = method in ("dare_linear", "dare_ties", "della")  # whose numbers are those of the adapter's digest
+    for name, silent in (("absent", ("q_proj",)), ("zeros", ("q_proj", "down_proj"))):
+        folders = [first.write(tmp_path / name / "1"), third.write(tmp_path / name / "3")]
+        padded = Drawn(seed=1, alpha=3.0, targets=silent).write(tmp_path / name / "2")
+        path = padded / "adapter_model.safetensors"
+        arrays = {
+            key: safetensors_file.read_array(path, entry) * ("down_proj" not in key or "lora_A" in key)
+            for key, entry in safetensors_file.read_header(path).items()
+        }
+        safetensors_file.write(path, arrays, {})
+        options = {"basis": basis} if basis and "basis" in OPTIONS[method] else {}
+        used = [folders[0], padded] if method == "slerp" else [*folders, padded]
+        given = [WeightedAdapter(path=str(folder), weight=0.5) for folder in used]
+        merge(MergeSpec(adapters=given, output=str(tmp_path / name / "out"), method=method, **options))  # type: ignore[arg-type]
+    absent, zeros = dense(tmp_path / "absent/out"), dense(tmp_path / "zeros/out")
+    for module in (DOWN0, DOWN1) if random else absent:
+        assert norm(absent[module] - zeros[module]) <= 1e-6 * norm(absent[module])
 
 
 def test_what_tell_raises_ends_the_merge_and_leaves_nothing(tmp_path: Path) -> None:

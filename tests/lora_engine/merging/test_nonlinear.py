@@ -129,4 +129,14 @@ def test_the_nth_largest_is_exact(values: list[float], data: st.DataObject) -> N
     counts = data.draw(st.lists(st.integers(1, len(values)), min_size=1, max_size=3))
     blocks = [torch.tensor(values[start : start + 7], dtype=torch.float32) for start in range(0, len(values), 7)]
     ordered = sorted((float(np.float32(value)) for value in values), reverse=True)
-    assert nth_largest(lambda: blocks, counts) == [ordered[count - 1] for count in counts]
+    twice = [*(("one", block) for block in blocks), *(("double", 2 * block) for block in blocks)]
+    asked: list[tuple[int, int]] = []
+
+    def places(size: int, nonzero: int) -> list[int]:
+        asked.append((size, nonzero))
+        return counts
+
+    found = nth_largest(lambda: twice, places)
+    assert found["one"] == [ordered[count - 1] for count in counts]
+    assert found["double"] == [2 * ordered[count - 1] for count in counts]
+    assert asked == [(len(values), len(values) - ordered.count(0.0))] * 2

@@ -72,3 +72,31 @@ def test_sources_that_are_missing_or_have_changed(tmp_path: Path) -> None:
         verify(tmp_path / "out", sources[1:])
     with pytest.raises(AdapterError, match="only merged adapters"):
         verify(sources[0], sources)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        None,
+        [],
+        {"method": "stack"},
+        {"method": "stack", "options": {"rank": 1}, "sources": []},
+        {"method": "stack", "options": {}, "sources": [{"digest": "a", "weight": "1", "weights": []}]},
+        {"method": "stack", "options": {}, "sources": [{"digest": "a", "weight": 1.0, "weights": [1]}]},
+        {"method": "stack", "options": 3, "sources": [3]},
+    ],
+)
+def test_a_lineage_that_is_no_recipe(recipe: Any, tmp_path: Path) -> None:
+    sources = merged(tmp_path)
+    (tmp_path / "out/lineage.json").write_text(json.dumps({"recipe": recipe}))
+    with pytest.raises(AdapterError):
+        verify(tmp_path / "out", sources)
+
+
+@pytest.mark.parametrize("document", [{}, {"modules": 3, "totals": []}, {"modules": {Q0: None}, "totals": {}}])
+def test_a_certificate_that_says_nothing(document: Any, tmp_path: Path) -> None:
+    sources = merged(tmp_path)
+    (tmp_path / "out/certificate.json").write_text(json.dumps(document))
+    found = verify(tmp_path / "out", sources)
+    assert not found["verified"]
+    assert any("certified is None" in fault for fault in found["faults"])
