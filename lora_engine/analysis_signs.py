@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.merging.arrays import Wide
-from lora_engine.merging.cutoffs import nth_largest
+from lora_engine.merging.cutoffs import cutoffs
 from lora_engine.merging.factors import Factors
 
 _BLOCK = 1 << 20  # entries of one adapter; their counts stay exact in fp32
@@ -38,14 +38,14 @@ class Signs:
 def count(factors: Factors, density: float) -> Signs:
     """Of the deltas of one module, each trimmed to the share `density` of its entries with the largest magnitudes."""
     left, right = _tensors(factors)
-    parts, size = len(left), left[0].shape[0] * right[0].shape[1]
-    kept = max(1, int(density * size))
-    low = [nth_largest(lambda i=i: _magnitudes(left[i], right[i]), [kept])[0] for i in range(parts)]  # type: ignore[misc]
-    cutoffs = torch.tensor(low)[:, None, None]
+    parts = len(left)
+    keys = [str(place) for place in range(parts)]
+    low = cutoffs("ties", {"density": density}, lambda: ((keys, X) for X in _blocks(left, right))).low
+    least = torch.tensor([low[key] for key in keys])[:, None, None]
     found = torch.zeros(2, parts, parts, dtype=torch.float64)
     sums = torch.zeros(3, parts, dtype=torch.float64)
     for X in _blocks(left, right):
-        mask = (X.abs() >= cutoffs) & (X != 0)
+        mask = (X.abs() >= least) & (X != 0)
         trimmed = X * mask
         agree = trimmed.sign() == torch.where(trimmed.sum(dim=0) >= 0, 1.0, -1.0)
         signs, kept_places = trimmed.sign().flatten(1), mask.float().flatten(1)
@@ -60,10 +60,6 @@ def _tensors(factors: Factors) -> tuple[list[Tensor], list[Tensor]]:
     """scale·B and A of each part, fp32."""
     left = [torch.from_numpy(factors.B[:, block] * factors.scale[block]).float() for block in factors.blocks]
     return left, [torch.from_numpy(factors.A[block]).float() for block in factors.blocks]
-
-
-def _magnitudes(left: Tensor, right: Tensor) -> Iterator[Tensor]:
-    return ((part @ right).abs() for part in left.split(_rows(right)))
 
 
 def _blocks(left: list[Tensor], right: list[Tensor]) -> Iterator[Tensor]:
