@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.nn import ModuleList
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine import base_files, base_model
@@ -39,6 +40,12 @@ class Base:
     def evaluated(self, tensors: Tensors | None = None, **options: Any) -> Any:
         """The model computing from disk, from its own tensors or others; options as of `streamed.streamed`."""
         return streamed(_outline(self.folder), self.tensors if tensors is None else tensors, **options)
+
+    @property
+    def layers(self) -> str:
+        """Name of the list of decoder layers ("model.layers")."""
+        lists = {name: module for name, module in self.model.named_modules() if isinstance(module, ModuleList)}
+        return str(max(lists, key=lambda name: (len(lists[name]), -len(name))))
 
     @property
     def tied_head(self) -> str | None:

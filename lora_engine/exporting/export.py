@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_engine.adapter_header import LINEAGE
 from lora_engine.errors import AdapterError
 from lora_engine.exporting import base as bases
-from lora_engine.exporting import card, companions, gguf_adapter, gguf_layout, gguf_model, merged, parity, peft
+from lora_engine.exporting import card, companions, gguf_adapter, gguf_layout, gguf_model, merged, mlx, parity, peft
 from lora_engine.exporting.base import Base
 from lora_engine.exporting.config import ExportConfig, ExportSpec, gap_limit
 from lora_engine.exporting.deltas import Deltas
@@ -182,6 +182,13 @@ def _named(quantization: str) -> str:
     return "original" if quantization == "none" else quantization
 
 
+def _mlx(job: Job, folder: Path) -> dict[str, Any]:
+    dtype = str(job.config.precision)
+    mlx.write(job.deltas, job.base.modules, job.base.layers, folder, dtype)
+    model = job.base.evaluated(quantization=job.trained_on, deltas=mlx.MLXDeltas(folder))
+    return {"parity": _parity(job, job.reference(), model, dtype, "export it with dtype fp32")}
+
+
 def _gguf(job: Job, folder: Path) -> dict[str, Any]:
     layout = gguf_layout.layout(job.base.model.config)
     if job.base.tied_head in job.deltas.shapes:
@@ -242,6 +249,7 @@ _FORMATS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
     "peft": _peft,
     "peft-portable": _peft_portable,
     "merged": _merged,
+    "mlx": _mlx,
     "gguf": _gguf,
     "gguf-merged": _gguf_merged,
 }

@@ -21,7 +21,7 @@ from lora_engine.exporting.deltas import Deltas, FactoredDelta
 from lora_engine.merging.arrays import Array
 from lora_engine.target_modules import Module
 
-_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 def write_native(deltas: Deltas, folder: Path, base_name: str, dtype: str) -> None:
@@ -58,7 +58,7 @@ def write_portable(deltas: Deltas, modules: tuple[Module, ...], folder: Path, ba
     filled = {}
     for module in modules:
         if module.name.rpartition(".")[2] in names:
-            filled[module.name] = _padded(deltas, module, rank)
+            filled[module.name] = padded(deltas, module, rank)
     _write(folder, peft_config.portable(rank, rank, base_name, names), filled, dtype)
 
 
@@ -80,7 +80,8 @@ def _names(deltas: Deltas) -> list[str]:
     return list(deltas.plan.target_modules) if complete else sorted(deltas.modules)
 
 
-def _padded(deltas: Deltas, module: Module, rank: int) -> tuple[Array, Array]:
+def padded(deltas: Deltas, module: Module, rank: int) -> tuple[Array, Array]:
+    """A (rank × in) and B (out × rank, the scale in it), with zeros where the adapters have nothing."""
     A, B = np.zeros((rank, module.inputs), np.float32), np.zeros((module.outputs, rank), np.float32)
     if module.name in deltas.shapes:
         weights = deltas.factors(module.name)
@@ -98,7 +99,7 @@ def _write(folder: Path, config: dict[str, Any], weights: dict[str, tuple[Array,
         for name, pair in weights.items()
         for factor, array in zip(FACTORS, pair, strict=True)
     }
-    safetensors_file.write(folder / WEIGHTS, arrays, {"format": "pt"}, _TYPES[dtype])
+    safetensors_file.write(folder / WEIGHTS, arrays, {"format": "pt"}, TYPES[dtype])
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
