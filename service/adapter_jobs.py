@@ -109,7 +109,7 @@ def submit_export(
     """Queue an export. Returns the job and whether it is new.
 
     Raises:
-        NotFound, Conflict: an adapter is not the owner's, or they are on different base models.
+        NotFound, Invalid: an adapter is not the owner's, or they are on different base models.
     """
 
     def build() -> Job:
@@ -133,8 +133,8 @@ def submit_search(
     """Queue a search for weights. Returns the job and whether it is new.
 
     Raises:
-        NotFound, Conflict: an adapter or the dataset is not the owner's, or they are on different base models.
-        Invalid: an adapter is there twice.
+        NotFound, Conflict: an adapter or the dataset is not the owner's, or the dataset is not ready.
+        Invalid: the adapters are on different base models, or one is there twice.
     """
 
     def build() -> Job:
@@ -160,8 +160,8 @@ def submit_analysis(
     """Queue a report on how adapters interfere. Returns the job and whether it is new.
 
     Raises:
-        NotFound, Conflict: an adapter is not the owner's, or they are on different base models.
-        Invalid: an adapter is there twice.
+        NotFound: an adapter is not the owner's.
+        Invalid: they are on different base models, or one is there twice.
     """
 
     def build() -> Job:

@@ -17,13 +17,14 @@ from lora_engine.adapter_header import CONFIG, WEIGHTS
 from lora_engine.errors import AdapterError
 from lora_engine.fields import to_mapping
 from lora_engine.ingest_config import IngestConfig
+from lora_engine.ingest_plan import Plan, plan
 from lora_engine.safetensors_file import Entry, data_offset, header_of
 from service import base_models, jobs, leases
 from service import storage as objects
 from service.db import Database
 from service.errors import Invalid, NoSpace, TooLarge, UnsupportedMedia
 from service.jobs import Idempotency
-from service.models import Job
+from service.models import BaseModel, Job
 from service.settings import Settings
 from service.storage import Storage
 from service.tar_stream import TarStream
@@ -133,20 +134,22 @@ class Upload:
             f"{INITIAL}_weights": self._initial.weights,
         }
 
-    def finish(self, *, archived: bool) -> list[dict[str, Any]]:
-        """Name, size and SHA-256 of each file that was received.
+    def finish(self, ingest: IngestConfig, *, archived: bool) -> tuple[Plan, list[dict[str, Any]]]:
+        """What the headers say, and name, size and SHA-256 of each file that was received.
 
         Raises:
-            Invalid: a file is missing or torn, or cannot be an adapter's.
+            Invalid: a file is missing or torn.
+            AdapterError: what the adapter does cannot be kept, or its tensors do not fit its config.
         """
         if archived:
             self._archive.finish()
-        self._main.finish()
+        config, tensors = self._main.finish()
+        told = plan(config, tensors, ingest)
         pairs = [""]
         if not self._initial.is_empty:
             self._initial.finish()
             pairs.append(f"{INITIAL}/")
-        return [_described(self.folder, f"{pair}{name}") for pair in pairs for name in (CONFIG, WEIGHTS)]
+        return told, [_described(self.folder, f"{pair}{name}") for pair in pairs for name in (CONFIG, WEIGHTS)]
 
 
 def _described(folder: Path, name: str) -> dict[str, Any]:
@@ -160,6 +163,7 @@ class Foreign:
 
     folder: Path
     files: list[dict[str, Any]]
+    plan: Plan
     base_model: str
     name: str | None
     config: IngestConfig
@@ -207,6 +211,7 @@ def submit(
 def _job(session: Session, foreign: Foreign) -> Job:
     base = base_models.catalogued(session, foreign.base_model)
     jobs.check_name(foreign.name)
+    _check_base(base, foreign.plan)
     job = Job(
         kind="ingest",
         name=foreign.name or "uploaded adapter",
@@ -215,3 +220,18 @@ def _job(session: Session, foreign: Foreign) -> Job:
     )
     leases.take(job, "the API", _LEASE_SECONDS)
     return job
+
+
+def _check_base(base: BaseModel, told: Plan) -> None:
+    """Layers of names and shapes that the base model has; what else an adapter may change is the engine's to say."""
+    shapes = {module["name"]: (module["outputs"], module["inputs"]) for module in base.modules}
+    for name, module in told.modules.items():
+        shape = shapes.get(name)
+        if shape is not None and shape != (module.outputs, module.inputs):
+            message = (
+                f"{name} is {module.outputs} × {module.inputs} in the adapter, {shape[0]} × {shape[1]} in {base.id}"
+            )
+            raise Invalid(f"base_model: {message}: choose the one that it was trained on", param="base_model")
+    if told.modules and not shapes.keys() & told.modules.keys():
+        message = f"{base.id} has no layer {min(told.modules)}: choose the one that the adapter was trained on"
+        raise Invalid(f"base_model: {message}", param="base_model")

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, or_, select, update
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.orm import Session
 
-from lora_engine.adapter_header import WEIGHTS
+from lora_engine.adapter_header import CONFIG, LINEAGE, WEIGHTS
 from lora_engine.safetensors_file import data_offset
 from service import storage as objects
 from service.db import now
@@ -20,7 +20,6 @@ from service.storage import Storage
 
 _ALIAS = re.compile(r"(?!adapter-)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FIRST_BYTES = 128 << 10  # most headers are shorter, and come with one request to the store
-_SMALL_BYTES = 1 << 20
 _RESERVED = ("aliases",)  # what stands in an id's place in a path
 
 
@@ -130,7 +129,7 @@ def fetch(storage: Storage, adapter: Adapter, folder: Path) -> None:
 
 
 def fetch_headers(storage: Storage, adapter: Adapter, folder: Path) -> None:
-    """What can be known of an adapter before a tensor moves: its small files, and of its weights the header.
+    """What can be known of an adapter before a tensor moves: config, lineage, and the header of its weights.
 
     The weights file gets its full length, with a hole where the tensors would be, so that its header is checked
     against it.
@@ -147,7 +146,7 @@ def fetch_headers(storage: Storage, adapter: Adapter, folder: Path) -> None:
             start += b"".join(storage.read(key, len(start), length - len(start))) if length > len(start) else b""
             path.write_bytes(start[:length])
             os.truncate(path, file["size"])
-        elif file["size"] <= _SMALL_BYTES:
+        elif file["name"] in (CONFIG, LINEAGE):
             objects.fetch(storage, key, path, file["sha256"])
 
 

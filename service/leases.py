@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from service import events, queue
 from service.db import now
-from service.models import ACTIVE, Adapter, Artifact, Checkpoint, Job, new_id
+from service.models import ACTIVE, Adapter, AdapterParent, Artifact, Checkpoint, Job, new_id
 
 MAX_LOSSES = 3  # losses in a row without a newer checkpoint, after which a job fails
 _BACKOFF_SECONDS = 5.0
@@ -197,6 +197,8 @@ def succeed(session: Session, claim: Claim, result: Result) -> None:
         return  # committed before, but the answer was lost
     row = _change(session, claim, ("running",), **_ended("succeeded"), phase=None, eta_seconds=None)
     _publish(session, claim, row, result)
+    if claim.kind == "search":
+        _record_weights(session, claim, result.metrics.get("parents", []))
     for remark in _remarks(result.metrics):
         events.append(session, claim.job_id, remark)
     events.append(session, claim.job_id, "Succeeded", data={result.noun: result.id})
@@ -334,6 +336,14 @@ def _publish(session: Session, claim: Claim, row: Any, result: Result) -> None:
         "digest": result.digest, "metrics": result.metrics,
     }  # fmt: skip
     session.add(Artifact(**told) if result.rank is None else Adapter(**told, rank=result.rank))
+
+
+def _record_weights(session: Session, claim: Claim, parents: list[dict[str, Any]]) -> None:
+    """Into the lineage, what a search has found; `lineage.json` has the weights of layers, where they differ."""
+    found = {parent["digest"]: parent["weight"] for parent in parents}
+    rows = select(AdapterParent, Adapter.digest).join(Adapter, Adapter.id == AdapterParent.parent_id)
+    for parent, digest in session.execute(rows.where(AdapterParent.job_id == claim.job_id)):
+        parent.weight = found.get(digest, parent.weight)
 
 
 def _remarks(metrics: dict[str, Any]) -> list[str]:

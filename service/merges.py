@@ -69,7 +69,7 @@ def merge(
     """The adapter of this recipe, or the job that makes it.
 
     Raises:
-        NotFound, Conflict: an adapter is not the owner's, or they are on different base models.
+        NotFound, Invalid: an adapter is not the owner's, or they are on different base models.
         SpecError, AdapterError: what cannot be merged, told from configs and headers.
         NoSpace: there is no room for the result.
     """

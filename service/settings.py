@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     max_dataset_rows: int = Field(default=10_000_000, gt=0)
     max_body_bytes: int = Field(default=1 << 20, gt=0, description="of a JSON request")
     max_merge_in_request_bytes: int = Field(
-        default=64 << 20, ge=0, description="stacks of adapters that are smaller in all are made within the request"
+        default=32 << 20, ge=0, description="stacks of adapters that are no larger in all are made within the request"
     )
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from lora_engine.merging.config import MAX_WEIGHT, MergeConfig
 from lora_engine.merging.sources import Plan, plan
 from lora_engine.merging.sources import Source as MergeSource
 from service import adapters
-from service.errors import Conflict, NotFound
+from service.errors import Invalid, NotFound
 from service.models import Adapter, AdapterParent
 
 MAX_SOURCES = 64
@@ -60,13 +60,17 @@ def resolve(
 
     Raises:
         NotFound: one of them is not the owner's.
-        Conflict: they are on different base models.
+        Invalid: they are on different base models.
     """
     named = enumerate(sources, first)
     found = [_named(session, owner_id, source.adapter, f"{param}[{index}]", keep) for index, source in named]
-    base_ids = sorted({adapter.base_model_id for adapter in found})
-    if len(base_ids) > 1:
-        raise Conflict(f"{param}: they are on different base models: {', '.join(base_ids)}", param=param)
+    for adapter in found:
+        if adapter.base_model_id != found[0].base_model_id:
+            raise Invalid(
+                f"{param}: {found[0].id} is on the base model {found[0].base_model_id}, {adapter.id} on "
+                f"{adapter.base_model_id}; choose adapters of one base model",
+                param=param,
+            )
     return found
 
 

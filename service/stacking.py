@@ -2,7 +2,9 @@
 
 import errno
 import logging
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,8 @@ def make(database: Database, storage: Storage, settings: Settings, claim: Claim,
             leases.succeed(session, claim, result)
     except Fenced:
         log.warning("%s: cancelled, or slower than its lease", claim.job_id)
+        with suppress(Fenced), database.unit_of_work() as session:
+            leases.cancelled(session, claim)
     except EngineError as error:
         _give_up(database, claim, error.code, error.category, error.message)
         raise
@@ -59,7 +63,9 @@ def make(database: Database, storage: Storage, settings: Settings, claim: Claim,
 
 
 def _stack(storage: Storage, claim: Claim, asked: Stack, folder: Path) -> Result:
-    # numpy is imported when the first one is made
+    # numpy is imported when the first one is made. On matrices as small as these its threads wait for each other
+    # longer than they compute: thirty times as long on a busy machine.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from lora_engine.merging import result, stack
 
     for adapter in sources.distinct(asked.found):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_engine import analysis as engine_analysis
 from lora_engine.analysis_config import AnalyzeSpec
 from lora_engine.exporting import export as engine_export
 from lora_engine.exporting.config import ExportSpec
@@ -26,8 +27,6 @@ def export(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
 
 def analyze(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:  # noqa: ARG001
     """A report on how adapters interfere, with pictures. News: phase, progress …, then finished."""
-    from lora_engine import analysis as engine_analysis
-
     spec = from_mapping(AnalyzeSpec, order["spec"])
     verified(order["base"], channel)
     channel.send("phase", phase="analysing")

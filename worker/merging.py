@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lora_engine import ingest as engine_ingest
 from lora_engine import weight_search
 from lora_engine.fields import from_mapping
 from lora_engine.ingest_config import IngestSpec
@@ -45,8 +46,6 @@ def extract(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None
 
 def ingest(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:  # noqa: ARG001
     """An adapter from elsewhere into one of ours. News: phase, progress …, then finished."""
-    from lora_engine import ingest as engine_ingest
-
     spec = from_mapping(IngestSpec, order["spec"])
     verified(order["base"], channel)
     channel.send("phase", phase="taking in")

@@ -157,7 +157,7 @@ def _fetch_sources(database: Database, storage: Storage, claim: Claim, folder: P
     ]
 
 
-def _rows(job: Job) -> Select[tuple[Adapter]]:
+def _rows(job: Job) -> Select[Adapter]:
     return select(Adapter).where(Adapter.id.in_({source["adapter"] for source in job.spec["adapters"]}))
 
 

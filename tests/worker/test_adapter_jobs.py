@@ -2,16 +2,24 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from lora_engine import base_files
-from service import adapter_jobs
-from service.adapter_jobs import ExportRequest, ExtractRequest, SearchRequest
-from service.models import Adapter
+from lora_engine.ingest_config import IngestConfig
+from service import adapter_jobs, adapter_uploads
+from service.adapter_jobs import AnalyzeRequest, ExportRequest, ExtractRequest, SearchRequest
+from service.adapter_uploads import Foreign
+from service.adapters import parents as parents_of
+from service.db import now
+from service.models import Adapter, Job
+from service.sources import Source
 from tests.service.adapter_files import deltas
 from tests.tiny_model import make_tiny_model
 from tests.worker.bench import Bench
@@ -96,6 +104,21 @@ def test_a_search_leaves_the_stack_and_the_table(bench: Bench, pair: list[Adapte
     assert (made.kind, made.rank) == ("search", 6)
     assert {row["name"] for row in made.metrics["table"]} >= {"single", "found"}
     assert "weight_search.json" in {file["name"] for file in made.files}
+    found = {parent["digest"]: parent["weight"] for parent in bench.lineage(made)["parents"]}
+    with bench.database.reading() as session:
+        recorded = {parent.parent_id: parent.weight for parent in parents_of(session, [job_id])[job_id]}
+    assert recorded == {adapter.id: found.get(adapter.digest, 0.0) for adapter in pair}
+
+
+def test_an_analysis_is_a_report_with_pictures(bench: Bench, pair: list[Adapter], tmp_path: Path) -> None:
+    asked = [Source(adapter=adapter.id, weight=weight) for adapter, weight in zip(pair, (1, -1), strict=True)]
+    job_id = bench.adapter_job(adapter_jobs.submit_analysis, AnalyzeRequest(adapters=asked))
+    bench.run()
+    assert bench.job(job_id).state == "succeeded", bench.messages(job_id)
+    folder = bench.download(bench.artifact(job_id), tmp_path / "report")
+    report = json.loads((folder / "report.json").read_bytes())
+    assert pair[0].id in json.dumps(report)
+    assert {path.suffix for path in folder.iterdir()} >= {".json", ".png", ".svg"}
 
 
 def test_an_adapter_is_extracted_from_an_export(bench: Bench, pair: list[Adapter], tmp_path: Path) -> None:
@@ -186,3 +209,49 @@ def test_an_altered_base_model_is_not_exported(bench: Bench, pair: list[Adapter]
     host._carry_out(News("export", order), channel, WarmBase("cpu", 0))  # type: ignore[arg-type]
     assert (channel.sent[-1].event, channel.sent[-1].data["code"]) == ("interrupted", "base_model_unusable")
     shutil.rmtree(model)
+
+
+def test_an_adapter_from_elsewhere_becomes_one_of_ours(bench: Bench, pair: list[Adapter], tmp_path: Path) -> None:
+    folder = bench.download(pair[1], tmp_path / "foreign")
+    config = json.loads((folder / "adapter_config.json").read_bytes())
+    # The same numbers, said otherwise: rsLoRA divides by the root of the rank.
+    config |= {"use_rslora": True, "lora_alpha": config["lora_alpha"] / config["r"] ** 0.5}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with adapter_uploads.Upload(bench.settings, tmp_path / "received") as upload:
+        for field, name in (("config", "adapter_config.json"), ("weights", "adapter_model.safetensors")):
+            upload.takers[field]((folder / name).read_bytes())
+        plan, files = upload.finish(IngestConfig(), archived=False)
+    foreign = Foreign(tmp_path / "received", files, plan, "tiny", "from elsewhere", IngestConfig())
+    job, created = adapter_uploads.submit(bench.database, bench.storage, bench.owner, foreign)
+    assert created
+    bench.run()
+    assert bench.job(job.id).state == "succeeded", bench.messages(job.id)
+    made = bench.adapter(job.id)
+    assert (made.kind, made.name, made.rank) == ("ingest", "from elsewhere", 2)
+    assert "ingest.json" in {file["name"] for file in made.files}
+    before, after = deltas(bench.download(pair[1], tmp_path / "b")), deltas(bench.download(made, tmp_path / "a"))
+    for name, delta in before.items():
+        assert abs(after[name] - delta).max() <= 1e-6 * abs(delta).max()
+    mixed = bench.merge((made.id, 1.0), (pair[0].id, 1.0))  # it is an adapter like any other
+    bench.run()
+    assert bench.job(mixed).state == "succeeded", bench.messages(mixed)
+
+
+def test_a_killed_export_starts_anew(bench: Bench, pair: list[Adapter]) -> None:
+    job_id = bench.adapter_job(adapter_jobs.submit_export, pair[0].id, ExportRequest(format="merged", dtype="fp16"))
+
+    def kill() -> None:
+        bench.until(job_id, lambda job: job.state == "running")
+        process = bench.supervisor._host
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        bench.until(job_id, lambda job: job.state == "queued")
+
+    bench.run_while(kill)
+    assert (bench.job(job_id).lost_without_progress, list(bench.storage.keys(f"artifacts/{job_id}"))) == (1, [])
+    assert list(bench.settings.work_dir.glob("job-*")) == []
+    with bench.database.unit_of_work() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(run_after=now()))
+    bench.run()
+    assert (bench.job(job_id).state, bench.job(job_id).attempt) == ("succeeded", 2)
+    assert bench.artifact(job_id).epoch == 3

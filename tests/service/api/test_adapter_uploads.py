@@ -164,6 +164,27 @@ def test_what_is_no_adapter_is_refused(shared_site: Site, case: str) -> None:
     assert not any(shared_site.settings.work_dir.iterdir())
 
 
+# What the headers alone tell: entries of the config, other fields of make_adapter, and what the message names.
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA without its magnitudes": ({"use_dora": True}, "magnitude"),
+    "another kind": ({"peft_type": "IA3"}, "peft_type"),
+    "a rank that is not the tensors'": ({"r": 5}, "rank"),
+    "a module that is not targeted": ({"target_modules": ["v_proj"]}, "q_proj"),
+    "another shape": ({"size": 16}, "base_model"),
+    "other layers": ({"modules": ["transformer.h.0.attn.c_attn"]}, "base_model"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_the_headers_tell_is_refused_at_once(shared_site: Site, case: str) -> None:
+    fields, word = UNFIT[case]
+    made = make_adapter(1, **fields)
+    answer = send(shared_site, pair(made[CONFIG], made[WEIGHTS]))
+    assert answer.status_code == 422, answer.text
+    assert word in answer.json()["error"]["message"].lower(), answer.text
+    assert shared_site.ann.get("/jobs").json()["data"] == []
+
+
 def test_more_than_the_limit_is_refused(shared_site: Site) -> None:
     weights = renamed({"a": TENSOR | {"shape": [2**20], "data_offsets": [0, 1 << 22]}}, 1 << 22)
     for files in (pair(weights=weights), {"archive": tar({**GOOD, WEIGHTS: weights})}):

@@ -11,7 +11,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from service import adapters, leases, merges, stacking
+from service import adapters, leases, merges, stacking, sweep
 from service import storage as objects
 from service.errors import NoSpace, Unavailable
 from service.models import Adapter
@@ -225,7 +225,8 @@ def test_a_merge_across_base_models_is_refused(site: Site, pair: list[str]) -> N
     with site.database.unit_of_work() as session:
         session.get_one(Adapter, pair[1]).base_model_id = "other"
     answer = merge(site, (pair[0], 1), (pair[1], 1))
-    assert (answer.status_code, answer.json()["error"]["param"]) == (409, "adapters")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "adapters")
+    assert pair[1] in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("how", ["object store", "local disk"])
@@ -277,6 +278,25 @@ def test_a_process_that_dies_in_a_merge_leaves_it_to_a_worker(
     with sqlite_site.database.unit_of_work() as session:
         assert leases.reap(session) == [job["id"]]
     assert sqlite_site.claim().job_id == job["id"]
+
+
+def test_a_cancel_in_the_middle_of_a_request_leaves_nothing(
+    sqlite_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = sqlite_site.adapter(tmp_path)
+    fetch = adapters.fetch
+
+    def cancelled(*arguments: Any) -> None:
+        (job,) = sqlite_site.ann.get("/jobs?kind=merge").json()["data"]
+        assert sqlite_site.ann.post(f"/jobs/{job['id']}/cancel").status_code == 202
+        fetch(*arguments)
+
+    monkeypatch.setattr(adapters, "fetch", cancelled)
+    answer = merge(sqlite_site, (adapter, 2))
+    assert (answer.status_code, answer.json()["status"], answer.json()["adapter"]) == (202, "cancelled", None)
+    assert len(sqlite_site.ann.get("/adapters").json()["data"]) == 1
+    sweep.purge_leftovers(sqlite_site.database, sqlite_site.storage, -1)
+    assert not any(answer.json()["id"] in key for key in sqlite_site.storage.keys("adapters"))
 
 
 def test_a_certificate_says_how_exact_a_merge_is(site: Site, pair: list[str]) -> None:
