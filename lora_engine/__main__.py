@@ -31,16 +31,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_engine import strict_json
+from lora_engine.analysis_config import AnalyzeSpec
 from lora_engine.config import TrainSpec, from_mapping, to_mapping
 from lora_engine.errors import AdapterError, CheckpointError, Diverged, EngineError, SpecError
+from lora_engine.exporting.config import ExportSpec
+from lora_engine.ingest_config import IngestSpec
 from lora_engine.merging.config import ExtractSpec, MergeSpec, WeightedAdapter
 from lora_engine.progress import Counter, Progress
+from lora_engine.weight_search_config import SearchSpec
 
 Spec = TypeVar("Spec")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    # Small matrices make the threads of numpy's BLAS wait for each other longer than they compute; read on its import.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], Any] = options.command
     try:
@@ -128,6 +134,34 @@ def extract(options: argparse.Namespace) -> dict[str, Any]:
     return extract(_read_spec(ExtractSpec, options.spec), Counter(sys.stderr, "extracted").tell)
 
 
+def analyze(options: argparse.Namespace) -> dict[str, Any]:
+    """Report how the adapters of a spec file get in each other's way."""
+    from lora_engine.analysis import analyze
+
+    return analyze(_read_spec(AnalyzeSpec, options.spec), Counter(sys.stderr, "analysed").tell)
+
+
+def search_weights(options: argparse.Namespace) -> dict[str, Any]:
+    """Find the weights of adapters that predict a dataset best, and write their stack."""
+    from lora_engine.weight_search import search
+
+    return search(_read_spec(SearchSpec, options.spec), Counter(sys.stderr, "searched").tell)
+
+
+def export(options: argparse.Namespace) -> dict[str, Any]:
+    """Write an adapter, or a whole model with it, in another format, and how near it is to what was trained."""
+    from lora_engine.exporting.export import export
+
+    return export(_read_spec(ExportSpec, options.spec), Counter(sys.stderr, "exported").tell)
+
+
+def ingest(options: argparse.Namespace) -> dict[str, Any]:
+    """Turn a PEFT folder from elsewhere into an adapter of ours: exactly, or with its error."""
+    from lora_engine.ingest import ingest
+
+    return ingest(_read_spec(IngestSpec, options.spec), Counter(sys.stderr, "ingested").tell)
+
+
 def generate(options: argparse.Namespace) -> list[dict[str, str]]:
     """Answer prompts: texts that a user says, or arrays of messages."""
     from lora_engine import adapter
@@ -161,8 +195,8 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lora_engine", description=train.__doc__)
     commands = parser.add_subparsers(required=True)
-    for command in (train, plan, merge, extract):
-        subparser = commands.add_parser(command.__name__, help=command.__doc__)
+    for command in (train, plan, merge, extract, analyze, search_weights, export, ingest):
+        subparser = commands.add_parser(command.__name__.replace("_", "-"), help=command.__doc__)
         subparser.add_argument("spec", type=Path)
         subparser.set_defaults(command=command, resume=False)
         if command is plan:

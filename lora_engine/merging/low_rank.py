@@ -10,6 +10,7 @@ scaled to one length first. That squares the condition, so where it is bad the b
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 
@@ -54,26 +55,33 @@ def decompose(B: Wide | Array, A: Wide | Array, scale: Wide) -> Decomposition:
     """Of B · diag(scale) · A, with B (out × R) and A (R × in)."""
     used = B.any(axis=0) & A.any(axis=1) & (scale != 0)  # without the zeros that ranks are padded with
     left, right, scale = B[:, used].astype(np.float64), A[used].astype(np.float64), scale[used]
-    products, row_products = gram(left.T), gram(right)
-    lengths, row_lengths = np.sqrt(np.diagonal(products)), np.sqrt(np.diagonal(row_products))
-    column, row = _triangle(products, lengths), _triangle(row_products, row_lengths)
-    if column is None or row is None:
+    columns, rows = _orthogonal(gram(left.T)), _orthogonal(gram(right))
+    if columns is None or rows is None:
         return _householder(left * scale, right)
-    U, values, Vt = np.linalg.svd(column.T @ ((lengths * row_lengths * scale)[:, None] * row))
+    U, values, Vt = np.linalg.svd(columns.triangle.T @ (scale[:, None] * rows.triangle))
     root = np.sqrt(values)
-    to_left = np.linalg.solve(column.T, U * root) / lengths[:, None]
-    to_right = np.linalg.solve(row.T, (root[:, None] * Vt).T).T / row_lengths
-    return Decomposition(values, left, to_left, to_right, right)
+    return Decomposition(values, left, columns.inverse.T @ (U * root), (root[:, None] * Vt) @ rows.inverse, right)
 
 
-def _triangle(products: Wide, lengths: Wide) -> Wide | None:
-    """Lower triangle L with L·Lᵀ = products of the rows scaled to length 1; none where it would be inaccurate."""
+@dataclass(frozen=True, slots=True)
+class _Triangle:
+    """L with L·Lᵀ = M·Mᵀ, and its inverse: the rows of L⁻¹·M are orthonormal."""
+
+    triangle: Wide
+    inverse: Wide
+
+
+def _orthogonal(products: Wide) -> _Triangle | None:
+    """The lower triangle of products of rows that are not 0; none where it would be inaccurate."""
+    lengths = np.sqrt(np.diagonal(products))
     try:
         triangle = np.linalg.cholesky(products / np.outer(lengths, lengths)).astype(np.float64)
     except np.linalg.LinAlgError:
         return None
-    condition = np.linalg.norm(triangle) * np.linalg.norm(np.linalg.inv(triangle))
-    return triangle if condition <= _WORST_CONDITION else None
+    inverse = np.linalg.inv(triangle).astype(np.float64)
+    if np.linalg.norm(triangle) * np.linalg.norm(inverse) > _WORST_CONDITION:
+        return None
+    return _Triangle(lengths[:, None] * triangle, inverse / lengths)
 
 
 def _householder(B: Wide, A: Wide) -> Decomposition:
@@ -82,6 +90,17 @@ def _householder(B: Wide, A: Wide) -> Decomposition:
     U, values, Vt = np.linalg.svd(left @ right.T, full_matrices=False)
     root = np.sqrt(values)
     return Decomposition(values, columns, U * root, root[:, None] * Vt, rows.T)
+
+
+def rounding_in_fp32(values: Wide, B: Wide, A: Wide, written_B: Array, written_A: Array) -> Norms:
+    """Norms of what writing B and A as fp32 changes in B·A, where BᵀB and A·Aᵀ are diag(values).
+
+    To first order, ‖ΔB·A + B·ΔA‖_F² = Σ_j S_j·(‖ΔB_j‖² + ‖ΔA_j‖²): the two are independent, and 1e-8 of D. The
+    spectral norm is at most as large.
+    """
+    squares = ((written_B - B) ** 2).sum(axis=0) + ((written_A - A) ** 2).sum(axis=1)
+    size = sqrt(float(values @ squares))
+    return Norms(size, size)
 
 
 def rank_of(config: MergeConfig, values: Wide, largest_source: int) -> int:

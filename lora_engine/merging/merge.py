@@ -162,10 +162,12 @@ def _written(plan: Plan, module: str, exact: Factors, rank: int | None) -> Modul
         rank = low_rank.rank_of(config, found.values, max(part.rank for part in item.parts))
     wide_B, wide_A = found.factors(rank)
     B, A = rounded(wide_B, dtype, module), rounded(wide_A, dtype, module)
-    rounding = rounding_error(wide_B, wide_A, B, A)
     left_out = found.beyond(rank)
-    error = Norms(hypot(left_out.frobenius, rounding.frobenius), max(left_out.spectral, rounding.spectral))
-    if dtype != "fp32":  # rounding is no longer small against what was left out
+    if dtype == "fp32":
+        rounding = low_rank.rounding_in_fp32(found.values[:rank], wide_B, wide_A, B, A)
+        error = Norms(hypot(left_out.frobenius, rounding.frobenius), max(left_out.spectral, rounding.spectral))
+    else:  # rounding is no longer small against what was left out
+        rounding = rounding_error(wide_B, wide_A, B, A)
         error = _distance(B, A, exact)
     norm = certificate.of_singular_values(found.values)
     certified = ModuleCertificate(norm, error, norm, error, rounding.frobenius, item.rank, rank)
