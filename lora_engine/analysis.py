@@ -13,7 +13,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,16 @@ def analyze(spec: AnalyzeSpec, tell: Callable[[int, int], None] | None = None) -
             tell(done, len(planned.modules))
         if not item.parts:
             continue
-        factors = load(name, item)
-        places = [index[part.digest] for part in item.parts]
+        parts = sorted(item.parts, key=lambda part: index[part.digest])
+        places = [index[part.digest] for part in parts]
+        factors = load(name, replace(item, parts=tuple(parts)))
         signs = analysis_signs.count(factors, spec.analyze.density) if spec.analyze.signs else None
         facts = (places, products(factors), None if base is None else base.squared(name), signs)
         alone = _Sums.zeros(len(index))
         for sums in (alone, layers[_layer(name)], total):
             sums.add(*facts)
         spaces = [analysis_subspaces.spaces(factors, block) for block in factors.blocks]
-        modules[name] = {"adapters": places, **_said(alone, spec), "angles": analysis_subspaces.compare(spaces)}
+        modules[name] = {"adapters": places, **_said(alone, spec), "angles": analysis_subspaces.compare(spaces, places)}
     report = _report(spec, planned, total, layers, modules)
     _write(spec, report)
     if tell is not None:

@@ -45,11 +45,11 @@ def angles(first: Wide, second: Wide) -> Wide:
     return found
 
 
-def compare(found: Sequence[Spaces]) -> dict[str, list[dict[str, Any]]]:
+def compare(found: Sequence[Spaces], names: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """Of every two: smallest, median and largest angle in degrees, and overlap, the mean of the cosines' squares."""
     return {
         side: [
-            {"pair": [i, j], **_summary(angles(getattr(found[i], side), getattr(found[j], side)))}
+            {"pair": [names[i], names[j]], **_summary(angles(getattr(found[i], side), getattr(found[j], side)))}
             for i, j in combinations(range(len(found)), 2)
         ]
         for side in ("columns", "rows")
