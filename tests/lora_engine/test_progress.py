@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from lora_engine import progress
-from lora_engine.progress import Progress, clock
+from lora_engine.progress import Counter, Progress, clock
 from lora_engine.step import Step
 
 
@@ -79,3 +79,24 @@ def test_nothing_is_written_for_a_training_without_steps() -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (307, "5:07"), (3907, "1:05:07")])
 def test_clock(seconds: float, shown: str) -> None:
     assert clock(seconds) == shown
+
+
+def test_work_that_is_counted_moves_on_a_terminal(pace: None) -> None:
+    stream = Terminal()
+    counter = Counter(stream, "merged")
+    counter.tell(50, 200)
+    counter.tell(200, 200)
+    first, second = stream.getvalue().split("\r\x1b[K")[1:]
+    assert first == "██████░░░░░░░░░░░░░░░░░░  merged 25%  0:30 left"
+    assert second == "████████████████████████  merged 100%  0:00 left\n"
+
+
+def test_elsewhere_it_is_a_line_per_tenth() -> None:
+    stream = io.StringIO()
+    counter = Counter(stream, "merged")
+    for done in range(1, 201):
+        counter.tell(done, 200)
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"merged {tenth}0%" for tenth in range(1, 11)]
+    counter.tell(0, 0)
+    assert stream.getvalue().splitlines() == lines
