@@ -186,6 +186,8 @@ def make(job: Job, *, calibrate: bool = True, available: int | None = None) -> P
             break
         if calibrate:
             run.keep_dequantized(False)
+            if job.kind == "cpu":  # what was too large for the job would stay in the heap as holes
+                machine.give_back_freed_memory()
     else:
         raise _would_not_fit(job, least or 0, available)
     step_seconds, seconds = _predicted_seconds(job, choice, rate)
