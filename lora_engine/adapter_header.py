@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_engine import peft_config, strict_json
 from lora_engine.errors import AdapterError
-from lora_engine.name_patterns import NAME
+from lora_engine.name_patterns import NAME, ends
 from lora_engine.safetensors_file import FLOATS, Entry, read_header
 
 CONFIG = "adapter_config.json"
@@ -72,8 +72,9 @@ def check(folder: Path, config: Any, tensors: Mapping[str, Entry], lineage: Any)
     modules = {name: _module_header(name, tensors, settings) for name in _module_names(tensors)}
     if not modules:
         raise AdapterError(f"{folder.name}: {WEIGHTS} holds no LoRA weights")
-    for name in modules if settings.target_modules else ():
-        if not any(targets(target, name) for target in settings.target_modules):
+    named = set(settings.target_modules)
+    for name in modules if named else ():
+        if named.isdisjoint(ends(name)):
             raise AdapterError(f"{folder.name}: weights of {name}, which target_modules does not name")
     base_digest = lineage.get("base_digest") if isinstance(lineage, dict) else None
     if not isinstance(base_digest, str | None):

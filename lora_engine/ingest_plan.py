@@ -23,6 +23,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([\w-]+))?\.(weight|bias)")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.([\w-]+))??(?:\.weight)?")
 _WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.[\w-]+)?)?\.(weight|bias)")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "embedding", "output")
+_MAX_SAVED = 1000
 _PLAIN_STARTS = (True, False, None, "true", "gaussian", "eva", "mica", "orthogonal")
 _MOVES_BASE = ("pissa", "olora", "corda", "lora_ga")
 _TAKEN = ("init_lora_weights", "lora_bias", "modules_to_save", "use_dora")
@@ -177,8 +178,8 @@ def _whole(name: str, key: str, config: Mapping[str, Any]) -> str:
     """The name in the base model of a parameter that the file holds whole."""
     found = _WHOLE.fullmatch(name)
     saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(item, str) for item in saved):
-        raise AdapterError("adapter_config.json: modules_to_save must be a list of names")
+    if not isinstance(saved, list) or len(saved) > _MAX_SAVED or not all(isinstance(item, str) for item in saved):
+        raise AdapterError(f"adapter_config.json: modules_to_save must be a list of at most {_MAX_SAVED} names")
     if found is None or not _claimed(found[1], saved):
         raise AdapterError(f"{key}: not a LoRA weight of a linear layer, and not in modules_to_save")
     return f"{found[1]}.{found[2]}"

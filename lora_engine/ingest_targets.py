@@ -1,10 +1,10 @@
 """Which modules a PEFT config targets, by PEFT's own rules (`check_target_module_exists` of PEFT 0.21). No torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_engine.errors import AdapterError
-from lora_engine.name_patterns import NAME, NamePattern
+from lora_engine.name_patterns import NAME, NamePattern, ends
 
 
 class Targets:
@@ -16,11 +16,10 @@ class Targets:
         self._excluded = _entry(config, "exclude_modules")
         self._saved = _entry(config, "modules_to_save")
         layers = config.get("layers_to_transform")
-        self._layers = None if layers is None or layers == [] else [layers] if isinstance(layers, int) else layers
-        if self._layers is not None and not (
-            isinstance(self._layers, list) and all(type(layer) is int for layer in self._layers)
-        ):
+        layers = [layers] if type(layers) is int else layers or []
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
             raise AdapterError("adapter_config.json: layers_to_transform must be numbers of layers")
+        self._layers = frozenset(layers)
         patterns = config.get("layers_pattern") or []
         self._stacks = [patterns] if isinstance(patterns, str) else patterns
         if not isinstance(self._stacks, list) or not all(
@@ -32,13 +31,15 @@ class Targets:
         """Whether PEFT puts an adapter on the linear layer of this name."""
         if self._excluded is not None and _matches(self._excluded, module):
             return False
-        if isinstance(self._saved, list) and any(f".{name}." in f".{module}." for name in self._saved):
+        if isinstance(self._saved, frozenset) and any(
+            not self._saved.isdisjoint(ends(parent)) for parent in _parents(module)
+        ):
             return False
         if self._targets is None or self._targets == "all-linear":
             return self._targets is not None
         if not _matches(self._targets, module):
             return False
-        if self._layers is None or isinstance(self._targets, NamePattern):
+        if not self._layers or isinstance(self._targets, NamePattern):
             return True
         return self._layer(module.split(".")) in self._layers
 
@@ -55,20 +56,26 @@ class Targets:
         return None
 
 
-def _entry(config: Mapping[str, Any], name: str) -> "NamePattern | list[str] | str | None":
+def _entry(config: Mapping[str, Any], name: str) -> "NamePattern | frozenset[str] | str | None":
     """A pattern, or names; None where there are none."""
     value = config.get(name)
     if isinstance(value, str) and value:
         return value if value == "all-linear" else NamePattern(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return value or None
+        return frozenset(value) or None
     if value in (None, ""):
         return None
     raise AdapterError(f"adapter_config.json: {name} must be names or a regular expression")
 
 
-def _matches(entry: "NamePattern | list[str] | str", module: str) -> bool:
+def _matches(entry: "NamePattern | frozenset[str] | str", module: str) -> bool:
     if isinstance(entry, NamePattern):
         return entry.matches(module)
-    names = [entry] if isinstance(entry, str) else entry
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    names = {entry} if isinstance(entry, str) else entry
+    return not names.isdisjoint(ends(module))
+
+
+def _parents(module: str) -> Iterator[str]:
+    """A module, and all that it lies in."""
+    parts = module.split(".")
+    return (".".join(parts[:length]) for length in range(1, len(parts) + 1))

@@ -17,11 +17,11 @@ from lora_engine.errors import AdapterError
 V = TypeVar("V")
 
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")  # of a module
-MAX_PATTERNS = 20_000
 _MAX_LENGTH = 512
+_MAX_TOTAL_LENGTH = 4_000_000  # of all patterns of one field: 50,000 full names
 _MAX_NODES = 10_000  # with every repetition written out
 _MAX_DEPTH = 20
-_MAX_STEPS = 5_000_000
+_MAX_STEPS = 1_000_000  # seconds, at the worst
 _DIGIT = (("0", "9"),)
 _WORD = (("0", "9"), ("A", "Z"), ("a", "z"), ("_", "_"))
 _CLASSES = {"d": (False, _DIGIT), "D": (True, _DIGIT), "w": (False, _WORD), "W": (True, _WORD)}
@@ -71,20 +71,34 @@ _ANY_PARENT = _Repeat(_Sequence((_Repeat(_ANY, 0, None), _DOT)), 0, 1)  # PEFT's
 _ACCEPT = 0
 
 
+class Budget:
+    """Steps that matching may take, over all patterns and names that share it."""
+
+    def __init__(self, steps: int = _MAX_STEPS) -> None:
+        self._left = steps
+
+    def spend(self, steps: int, text: str) -> None:
+        """Raises AdapterError, with the pattern `text`, where too few are left."""
+        self._left -= steps
+        if self._left < 0:
+            raise AdapterError(f"matching the pattern {text[:60]!r} takes too long; write it more simply, or fewer")
+
+
 class NamePatterns(Generic[V]):
     """Patterns with a value each; the first that matches a name's end counts, as in PEFT's `get_pattern_key`.
 
     A pattern stands for whole parts of a name, from its start or from after a dot: "q_proj" is not "my_q_proj".
     """
 
-    def __init__(self, patterns: Mapping[str, V]) -> None:
+    def __init__(self, patterns: Mapping[str, V], budget: Budget | None = None) -> None:
         """Raises AdapterError: too many, or one that cannot be matched in bounded time."""
-        if len(patterns) > MAX_PATTERNS:
-            raise AdapterError(f"{len(patterns)} patterns, at most {MAX_PATTERNS} are read")
+        if sum(map(len, patterns)) > _MAX_TOTAL_LENGTH:
+            raise AdapterError(f"the patterns have more than {_MAX_TOTAL_LENGTH} characters")
+        budget = Budget() if budget is None else budget
         self._literal: dict[str, tuple[int, V]] = {}
         self._others: list[tuple[int, NamePattern, V]] = []
         for position, (text, value) in enumerate(patterns.items()):
-            pattern = NamePattern(text, any_parent=True)
+            pattern = NamePattern(text, any_parent=True, budget=budget)
             if pattern.literal is None:
                 self._others.append((position, pattern, value))
             else:
@@ -92,7 +106,7 @@ class NamePatterns(Generic[V]):
 
     def first(self, name: str, default: V) -> V:
         """The value of the first pattern that matches the module `name`."""
-        candidates = [self._literal[key] for key in _keys(name) if key in self._literal]
+        candidates = [self._literal[key] for key in (f"^{name}", *ends(name)) if key in self._literal]
         found = min(candidates, key=lambda item: item[0], default=None)
         for position, pattern, value in self._others:
             if found is not None and position > found[0]:
@@ -112,11 +126,11 @@ class NamePattern:
 
     text: str
     any_parent: bool = False
+    budget: Budget = field(default_factory=Budget)
     literal: str | None = field(init=False, default=None)
     _fixed: tuple[_Char, ...] | None = field(init=False, default=None)
     _states: list[tuple[Any, ...]] = field(init=False, default_factory=lambda: [("accept",)])
     _built: int = field(init=False, default=0)
-    _steps: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or len(self.text) > _MAX_LENGTH:
@@ -133,8 +147,9 @@ class NamePattern:
         """Whether the expression fits `name` (ASCII, without line ends).
 
         Raises:
-            AdapterError: all names together have taken more steps than the budget.
+            AdapterError: all names together take more steps than the budget has.
         """
+        self.budget.spend(1, self.text)
         if self._fixed is not None:
             return self._matches_fixed(name, self._fixed)
         current = self._closure(frozenset({self._first}), at_start=True)
@@ -152,7 +167,6 @@ class NamePattern:
 
     def _step(self, current: frozenset[int], character: str) -> frozenset[int]:
         key = (current, character)
-        self._steps += 1
         if (known := self._known.get(key)) is not None:
             return known
         following = frozenset(
@@ -160,6 +174,7 @@ class NamePattern:
             for state in map(self._states.__getitem__, current)
             if state[0] == "char" and state[1].fits(character)
         )
+        self.budget.spend(len(current), self.text)
         self._known[key] = result = self._closure(following)
         return result
 
@@ -168,13 +183,11 @@ class NamePattern:
         found, waiting = set(states), list(states)
         while waiting:
             kind, *rest = self._states[waiting.pop()]
-            self._steps += 1
             passed = kind == "split" or (kind == "start" and at_start) or (kind == "end" and at_end)
             new = set(rest if passed else ()) - found
             found |= new
             waiting += new
-        if self._steps > _MAX_STEPS:
-            raise AdapterError(f"the pattern {self.text[:60]!r} takes too long to match; write it more simply")
+        self.budget.spend(len(found), self.text)
         return frozenset(found)
 
     def _build(self, node: _Node, then: int) -> int:
@@ -346,9 +359,8 @@ def _literal(node: _Node) -> str | None:
     return "".join(text)
 
 
-def _keys(name: str) -> Iterator[str]:
-    """The literals that match a name: it whole, anchored, and every end of it from a dot on."""
-    yield f"^{name}"
+def ends(name: str) -> Iterator[str]:
+    """A module's name, and every end of it from after a dot on: what may stand for it in a list of targets."""
     yield name
     for position, character in enumerate(name):
         if character == ".":

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from lora_engine.errors import AdapterError
-from lora_engine.name_patterns import NamePattern, NamePatterns
+from lora_engine.name_patterns import Budget, NamePattern, NamePatterns, ends
 
 ATOMS = st.sampled_from(
     ["a", "b", "_", r"\.", ".", "1", "[ab]", "[^a.]", "[0-3]", r"[\d_]", "[]a]", "[a-]", r"\d", r"\w", r"\W", "^", "$"]
@@ -82,9 +82,22 @@ def test_patterns_that_make_backtracking_explode_take_moments(text: str) -> None
 
 
 def test_a_budget_ends_what_takes_too_long() -> None:
-    pattern = NamePattern("((a|b|c|d)?(a|b|c|e)?(a|b){0,30}){0,12}x")
+    pattern = NamePattern("((a|b|c|d)?(a|b|c|e)?(a|b){0,30}){0,12}x", budget=Budget(100_000))
+    names = (f"{number:b}".translate({48: "a", 49: "b"}) * 9 for number in range(1_000_000))
     with pytest.raises(AdapterError, match="takes too long"):
-        list(map(pattern.matches, (f"{number:b}".translate({48: "a", 49: "b"}) * 9 for number in range(1_000_000))))
+        list(map(pattern.matches, names))
+
+
+def test_many_patterns_share_a_budget() -> None:
+    patterns = NamePatterns({f"q.{number}": number for number in range(500)}, Budget(10_000))
+    with pytest.raises(AdapterError, match="takes too long"):
+        [patterns.first(f"layers.{number}.v_proj", 0) for number in range(500)]
+    with pytest.raises(AdapterError, match="more than 4000000 characters"):
+        NamePatterns({f"{number:0500}": 1 for number in range(9_000)})
+
+
+def test_a_name_ends_in_its_last_parts() -> None:
+    assert list(ends("model.layers.q_proj")) == ["model.layers.q_proj", "layers.q_proj", "q_proj"]
 
 
 def test_a_pattern_of_every_module_by_its_full_name_is_a_look_up() -> None:
