@@ -26,15 +26,10 @@ from lora_engine.target_modules import Module
 
 
 class Delta(Protocol):
-    """What is added to one weight (out × in), fp32 on the CPU.
+    """What is added to one weight (out × in), fp32 on the CPU."""
 
-    Attributes:
-        squared_norm: ‖D‖² (Frobenius), where it is known without computing all of D.
-    """
-
-    @property
     def squared_norm(self) -> float | None:
-        """See above."""
+        """‖D‖² (Frobenius), where it is known without computing all of D."""
 
     def part(self, start: int, stop: int, *, transposed: bool) -> Tensor:
         """Rows start … stop of D, or of its transpose."""
@@ -68,7 +63,6 @@ class FactoredDelta:
     A: Tensor
     B: Tensor
 
-    @property
     def squared_norm(self) -> float:
         """Without forming D: Σ (BᵀB)∘(AAᵀ), in fp64."""
         A, B = self.A.double(), self.B.double()

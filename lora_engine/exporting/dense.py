@@ -31,7 +31,8 @@ class DenseDelta:
         self._cutoffs = cutoffs(method, options, self.blocks) if whole is None else whole
         self._transposed: Tensor | None = None
 
-    squared_norm: float | None = None  # known when all of it was computed
+    def squared_norm(self) -> None:
+        """Known when all of it was computed."""
 
     def part(self, start: int, stop: int, *, transposed: bool) -> Tensor:
         """Rows start … stop of the delta, or of its transpose (which is computed whole), fp32."""

@@ -23,9 +23,11 @@ from lora_engine.exporting import base as bases
 from lora_engine.exporting import card, companions, gguf_adapter, gguf_layout, gguf_model, merged, mlx, parity, peft
 from lora_engine.exporting.base import Base
 from lora_engine.exporting.config import ExportConfig, ExportSpec, gap_limit
-from lora_engine.exporting.deltas import Deltas
+from lora_engine.exporting.deltas import Deltas, ModuleDeltas
 from lora_engine.exporting.parity import Parity, Text
-from lora_engine.exporting.sums import Piece, Rounding, Tell
+from lora_engine.exporting.streamed import weight_bytes
+from lora_engine.exporting.sums import Piece, Rounding
+from lora_engine.exporting.tensors import Tensors
 from lora_engine.folders import published
 from lora_engine.merging.config import WeightedAdapter
 
@@ -52,14 +54,39 @@ class Job:
     trained_on: str
     target: str
     prompts: list[Text]
-    tell: Tell
+    progress: "_Progress"
 
     def reference(self) -> Tensor:
-        model = self.base.evaluated(quantization=self.trained_on, deltas=self.deltas)
+        """Log-probabilities of base model and adapters as trained."""
+        return self.predicted(self.base, quantization=self.trained_on, deltas=self.deltas)
+
+    def with_adapter(self, deltas: ModuleDeltas) -> Tensor:
+        """Those of the base model with an adapter that was written."""
+        return self.predicted(self.base, quantization=self.trained_on, deltas=deltas)
+
+    def predicted(self, base: Base, tensors: Tensors | None = None, **options: Any) -> Tensor:
+        """Those of `base`, or of its architecture with other `tensors`."""
+        model = base.evaluated(tensors, tell=self.progress.add, **options)
         return parity.log_probabilities(model, self.prompts)
 
 
-def export(spec: ExportSpec, tell: Tell | None = None) -> dict[str, Any]:
+class _Progress:
+    """Bytes written, and bytes of weights computed with, for one number that grows to its total."""
+
+    def __init__(self, tell: Callable[[int, int], None], base: Base) -> None:
+        self._tell, self._done = tell, 0
+        self._total = 2 * sum(weight_bytes(module.outputs, module.inputs) for module in base.modules)
+
+    def expect(self, written: int) -> None:
+        """So many bytes are going to be written."""
+        self._total += written
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._tell(min(self._done, self._total), self._total)
+
+
+def export(spec: ExportSpec, tell: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Write the export to `spec.output` and return its metrics, which `certificate.json` in it holds too.
 
     Args:
@@ -85,13 +112,14 @@ def export(spec: ExportSpec, tell: Tell | None = None) -> dict[str, Any]:
     return result
 
 
-def _prepare(spec: ExportSpec, tell: Tell) -> Job:
+def _prepare(spec: ExportSpec, tell: Callable[[int, int], None]) -> Job:
     base = bases.open_base(Path(spec.base_model))
     deltas = Deltas(spec.adapters, spec.merge)
     digest = bases.check(base, deltas)
     trained_on, target = _quantizations(spec.export, deltas)
     name = spec.base_model_name or deltas.plan.base_model_name or base.folder.name
-    return Job(spec.export, base, deltas, name, digest, trained_on, target, parity.texts(base.tokenizer), tell)
+    prompts, progress = parity.texts(base.tokenizer), _Progress(tell, base)
+    return Job(spec.export, base, deltas, name, digest, trained_on, target, prompts, progress)
 
 
 def _quantizations(config: ExportConfig, deltas: Deltas) -> tuple[str, str]:
@@ -137,23 +165,22 @@ def _adapter(job: Job, folder: Path, write: Callable[[str], None]) -> dict[str, 
     write(dtype)
     companions.copy_tokenizer(job.base, folder)
     companions.check_companions(job.base, folder)
-    reference = job.reference()
-    model = job.base.evaluated(quantization=job.trained_on, deltas=Deltas([WeightedAdapter(path=str(folder))]))
-    return {"parity": _parity(job, reference, model, dtype, "export it with dtype fp32")}
+    written = job.with_adapter(Deltas([WeightedAdapter(path=str(folder))]))
+    return {"parity": _parity(job, written, dtype, "export it with dtype fp32")}
 
 
 def _merged(job: Job, folder: Path) -> dict[str, Any]:
     pieces = bases.pieces(job.base, job.deltas, job.config.dtype, job.target)
-    _check_room(folder, sum(map(merged.written_bytes, pieces)))
+    _expect(job, folder, sum(map(merged.written_bytes, pieces)))
     untied = job.base.tied_head in job.deltas.shapes
     companions.copy_tokenizer(job.base, folder)
     companions.write_configs(job.base, folder, dtype=job.config.dtype, untied=untied)
-    rounding = merged.write(pieces, job.deltas, folder, job.config.shard_bytes, job.tell)
+    rounding = merged.write(pieces, job.deltas, folder, job.config.shard_bytes, job.progress.add)
     written = bases.open_base(folder)
     companions.check_companions(job.base, folder)
     precision = _coarsest(pieces)
     return {
-        "parity": _parity(job, job.reference(), written.evaluated(), precision, _advice(job, "fp32")),
+        "parity": _parity(job, job.predicted(written), precision, _advice(job, "fp32")),
         "precision": precision,
         "head_untied": untied,
         **_rounding(rounding),
@@ -185,8 +212,8 @@ def _named(quantization: str) -> str:
 def _mlx(job: Job, folder: Path) -> dict[str, Any]:
     dtype = str(job.config.precision)
     mlx.write(job.deltas, job.base.modules, job.base.layers, folder, dtype)
-    model = job.base.evaluated(quantization=job.trained_on, deltas=mlx.MLXDeltas(folder))
-    return {"parity": _parity(job, job.reference(), model, dtype, "export it with dtype fp32")}
+    written = job.with_adapter(mlx.MLXDeltas(folder))
+    return {"parity": _parity(job, written, dtype, "export it with dtype fp32")}
 
 
 def _gguf(job: Job, folder: Path) -> dict[str, Any]:
@@ -198,9 +225,8 @@ def _gguf(job: Job, folder: Path) -> dict[str, Any]:
         )
     precision, path = str(job.config.precision), folder / "adapter.gguf"
     gguf_adapter.write(job.deltas, layout, path, base_name=job.base_name, precision=precision)
-    read = gguf_adapter.GGUFDeltas(path, layout, job.deltas.modules)
-    model = job.base.evaluated(quantization=job.trained_on, deltas=read)
-    return {"parity": _parity(job, job.reference(), model, precision, "export it as F32")}
+    written = job.with_adapter(gguf_adapter.GGUFDeltas(path, layout, job.deltas.modules))
+    return {"parity": _parity(job, written, precision, "export it as F32")}
 
 
 def _gguf_merged(job: Job, folder: Path) -> dict[str, Any]:
@@ -209,14 +235,14 @@ def _gguf_merged(job: Job, folder: Path) -> dict[str, Any]:
     precision, path = str(job.config.precision), folder / "model.gguf"
     plain = bases.pieces(job.base, job.deltas, None, job.target)
     pieces = gguf_model.pieces(plain, job.base, layout, precision)
-    _check_room(folder, sum(map(gguf_model.written_bytes, pieces)))
+    _expect(job, folder, sum(map(gguf_model.written_bytes, pieces)))
     rounding = gguf_model.write(
         pieces, job.base, job.deltas, path,
-        architecture=layout.architecture, name=job.base_name, precision=precision, tell=job.tell,
+        architecture=layout.architecture, name=job.base_name, precision=precision, tell=job.progress.add,
     )  # fmt: skip
-    model = job.base.evaluated(gguf_model.GGUFTensors(path, layout, job.base.model))
+    written = job.predicted(job.base, gguf_model.GGUFTensors(path, layout, job.base.model))
     return {
-        "parity": _parity(job, job.reference(), model, precision, _advice(job, "F16 or F32")),
+        "parity": _parity(job, written, precision, _advice(job, "F16 or F32")),
         **_rounding(rounding),
     }
 
@@ -227,8 +253,8 @@ def _coarsest(pieces: list[Piece]) -> str:
     return next(name for name in ("bf16", "fp16", "fp32") if name in found)
 
 
-def _parity(job: Job, reference: Tensor, model: Any, precision: str, advice: str) -> dict[str, Any]:
-    measured: Parity = parity.compare(reference, parity.log_probabilities(model, job.prompts), job.prompts)
+def _parity(job: Job, written: Tensor, precision: str, advice: str) -> dict[str, Any]:
+    measured: Parity = parity.compare(job.reference(), written, job.prompts)
     limit = gap_limit(job.config, precision)
     parity.check(measured, limit, advice)
     return {**asdict(measured), "limit": limit}
@@ -238,8 +264,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    """Raises OSError where the disk has no room for what is about to be written."""
+def _expect(job: Job, folder: Path, needed: int) -> None:
+    """So many bytes are about to be written; raises OSError where the disk has no room for them."""
+    job.progress.expect(needed)
     free = shutil.disk_usage(folder).free
     if free < needed + _SPARE_BYTES:
         raise OSError(errno.ENOSPC, f"the export takes {needed} bytes, and {free} are free", str(folder))

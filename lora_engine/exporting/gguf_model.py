@@ -20,7 +20,7 @@ from lora_engine.exporting import gguf_vocabulary, sums
 from lora_engine.exporting.base import Base
 from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.gguf_layout import GGUFLayout, reorder, restore, stored_rows
-from lora_engine.exporting.pipeline import Files, pipelined, write_all
+from lora_engine.exporting.pipeline import Files, Output, pipelined
 from lora_engine.exporting.sums import Block, Piece, Rounding, Sums, Tell
 
 _FILE_TYPES = {
@@ -86,22 +86,21 @@ def write(
         AdapterError: a sum or a cast that leaves the range of its type.
         OSError: a file cannot be read or written.
     """
-    total = sum(map(written_bytes, found))
     alignment = _write_start(found, base, path, architecture, name, precision)
-    with Files() as files, path.open("ab", buffering=0) as file:
+    with Files() as files, Output(path, append=True) as file:
         computed = Sums(deltas, files, _encode)
         extra = _rope_factors(base.model.config)
         if extra is not None:
-            write_all(file, extra)
-            _pad(file, alignment)
+            file.write(extra)
+            file.pad(alignment)
 
         def store(block: Block, data: Tensor) -> None:
-            write_all(file, data)
+            file.write(data)
             if block.stop == block.piece.count:
-                _pad(file, alignment)
+                file.pad(alignment)
 
         blocks = (block for piece in found for block in sums.blocks(piece))
-        told = sums.told(blocks, written_bytes, total, tell)
+        told = sums.told(blocks, written_bytes, tell)
         pipelined(told, partial(sums.read, files), computed.compute, store)
     return computed.rounding
 
@@ -194,10 +193,6 @@ def _byte_shape(piece: Piece) -> tuple[int, ...]:
     size, item = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[piece.dtype]]
     *rows, width = piece.entry.shape
     return (*rows, width // size * item)
-
-
-def _pad(file: Any, alignment: int) -> None:
-    write_all(file, torch.zeros(-file.seek(0, 2) % alignment, dtype=torch.uint8))
 
 
 class GGUFTensors:

@@ -4,13 +4,12 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lora_engine.exporting import sums
 from lora_engine.exporting.deltas import Deltas
-from lora_engine.exporting.pipeline import Files, pipelined, write_all
+from lora_engine.exporting.pipeline import Files, Output, pipelined
 from lora_engine.exporting.sums import DTYPES, Block, Piece, Rounding, Sums, Tell
 from lora_engine.safetensors_file import layout
 
@@ -43,7 +42,7 @@ def write(pieces: Sequence[Piece], deltas: Deltas, folder: Path, limit: int, tel
     """Write `model.safetensors`, or numbered files and their index, of at most `limit` bytes each.
 
     Args:
-        tell: called with bytes written and in all; what it raises ends the export.
+        tell: called in this thread with the bytes of each block; what it raises ends the export.
 
     Raises:
         AdapterError: a sum or a cast that leaves the range of its type.
@@ -51,14 +50,16 @@ def write(pieces: Sequence[Piece], deltas: Deltas, folder: Path, limit: int, tel
     """
     parts = shards(pieces, limit)
     files_of = dict(zip([folder / name for name in _names(len(parts))], parts, strict=True))
-    total = sum(map(written_bytes, pieces))
     with Files() as files, _Writer(files_of) as writer:
         computed = Sums(deltas, files, _encode)
-        found = sums.told(writer.blocks(), written_bytes, total, tell)
+        found = sums.told(writer.blocks(), written_bytes, tell)
         pipelined(found, partial(sums.read, files), computed.compute, writer.write)
     if len(parts) > 1:
         weight_map = {piece.name: path.name for path, part in files_of.items() for piece in part}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": sum(map(written_bytes, pieces))},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return computed.rounding
 
@@ -86,7 +87,7 @@ class _Writer:
             header, entries = layout(tensors, _METADATA)
             self._headers[next(iter(entries))] = path, header
             self._order += [by_name[name] for name in entries]
-        self._file: Any = None
+        self._file: Output | None = None
 
     def __enter__(self) -> "_Writer":
         return self
@@ -102,9 +103,10 @@ class _Writer:
         if block.start == 0 and block.piece.name in self._headers:
             self._close()
             path, header = self._headers[block.piece.name]
-            self._file = path.open("wb", buffering=0)
-            self._file.write(header)
-        write_all(self._file, data)
+            path.write_bytes(header)
+            self._file = Output(path, append=True)
+        if self._file is not None:
+            self._file.write(data)
 
     def _close(self) -> None:
         if self._file is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 _UNDER_WAY = 2  # blocks read ahead, and as many not yet written
+_FLUSH_BYTES = 64 << 20
 
 
 def pipelined(
@@ -74,6 +75,50 @@ class Files:
                 raise OSError(f"{path.name} has become shorter")
             view = view[count:]
         return result
+
+
+class Output:
+    """A file that goes to the disk while it grows, so that little is left to be done when it must be there."""
+
+    def __init__(self, path: Path, *, append: bool = False) -> None:
+        self._file: Any = path.open("ab" if append else "wb", buffering=0)
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushed: Future[None] | None = None
+        self._waiting = 0
+
+    def write(self, data: Tensor) -> None:
+        """Append a contiguous tensor's bytes.
+
+        Raises:
+            OSError: the disk is full, or gone.
+        """
+        write_all(self._file, data)
+        self._waiting += data.nbytes
+        if self._waiting >= _FLUSH_BYTES and (self._flushed is None or self._flushed.done()):
+            self._settle()
+            self._flushed, self._waiting = self._flusher.submit(os.fdatasync, self._file.fileno()), 0
+
+    def pad(self, alignment: int) -> None:
+        """Zeros up to a multiple of `alignment`."""
+        write_all(self._file, torch.zeros(-self._file.seek(0, os.SEEK_END) % alignment, dtype=torch.uint8))
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Raises OSError where what was written did not reach the disk."""
+        try:
+            self._settle()
+        finally:
+            self._flusher.shutdown()
+            self._file.close()
+
+    def _settle(self) -> None:
+        if self._flushed is not None:
+            self._flushed.result()
 
 
 def write_all(file: Any, data: Tensor) -> None:

@@ -28,15 +28,26 @@ class StreamedLinear(nn.Module):
         positions: where set, rows of (batch, token) that are computed, and no others: y is (rows × out).
     """
 
-    def __init__(self, layer: Any, name: str, tensors: Tensors, quantization: str, delta: Delta | None) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        name: str,
+        tensors: Tensors,
+        quantization: str,
+        delta: Delta | None,
+        tell: Callable[[int], None] | None = None,
+    ) -> None:
         super().__init__()
         self._transposed = isinstance(layer, Conv1D)
         self._shape = tuple(layer.weight.shape)
         self._name, self._tensors, self._quantization, self._delta = name, tensors, quantization, delta
+        self._tell = tell
         self.bias = layer.bias  # on the meta device still; filled as every other small tensor is
         self.positions: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._tell is not None:
+            self._tell(weight_bytes(*self._shape))
         if self.positions is not None:
             x = x[self.positions]
         flat = x.reshape(-1, x.shape[-1])
@@ -68,6 +79,11 @@ class StreamedLinear(nn.Module):
         return weight.t().contiguous() if self._transposed else weight
 
 
+def weight_bytes(outputs: int, inputs: int) -> int:
+    """Of a weight in fp32."""
+    return 4 * outputs * inputs
+
+
 def dequantized(read: Callable[[], Tensor], quantization: str) -> Tensor:
     """What the engine computes with when it has quantised the weight that `read` returns (out × in): fp32.
 
@@ -76,7 +92,14 @@ def dequantized(read: Callable[[], Tensor], quantization: str) -> Tensor:
     return LAYERS[quantization](read(), None, torch.float32).dequantized()
 
 
-def streamed(model: Any, tensors: Tensors, *, quantization: str = "none", deltas: ModuleDeltas | None = None) -> Any:
+def streamed(
+    model: Any,
+    tensors: Tensors,
+    *,
+    quantization: str = "none",
+    deltas: ModuleDeltas | None = None,
+    tell: Callable[[int], None] | None = None,
+) -> Any:
     """`model`, a transformers causal language model on the meta device, made to compute from `tensors`.
 
     What is neither the weight of a linear layer nor an embedding is read into memory at once: norms and biases, but
@@ -85,6 +108,7 @@ def streamed(model: Any, tensors: Tensors, *, quantization: str = "none", deltas
     Args:
         quantization: of every linear layer but the output head.
         deltas: added to the outputs of their modules.
+        tell: called before each product with the bytes of its weight in fp32; what it raises ends the evaluation.
 
     Raises:
         BaseModelError: `tensors` does not fill the model.
@@ -101,7 +125,7 @@ def streamed(model: Any, tensors: Tensors, *, quantization: str = "none", deltas
         if source is not None:
             delta = deltas.delta(module.name) if deltas is not None and module.name in given else None
             layer, kind = model.get_submodule(module.name), "none" if module.head else quantization
-            model.set_submodule(module.name, StreamedLinear(layer, source, tensors, kind, delta))
+            model.set_submodule(module.name, StreamedLinear(layer, source, tensors, kind, delta, tell))
     for name, embedding in embeddings.items():
         source = _source(f"{name}.weight", read, ties)
         if source is not None:

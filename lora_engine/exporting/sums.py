@@ -22,7 +22,7 @@ from lora_engine.exporting.pipeline import Files
 from lora_engine.exporting.streamed import dequantized
 from lora_engine.safetensors_file import Entry
 
-Tell = Callable[[int, int], None]
+Tell = Callable[[int], None]  # with the bytes that were done since the last call
 
 BLOCK_BYTES = 8 << 20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -120,6 +120,7 @@ class Sums:
         self._deltas, self._files, self._encode = deltas, files, encode
         self._piece: Piece | None = None
         self._delta: Delta | None = None
+        self._measured = False  # whether the delta's norm is found as its rows are computed
         self._dequantized: Tensor | None = None
 
     def compute(self, block: Block, data: Tensor) -> Tensor:
@@ -155,10 +156,10 @@ class Sums:
         """Weight + delta in fp32; and what is lost by that, where nothing else is lost after it."""
         if self._delta is None or piece.module is None:
             return weight, None
-        if self._delta.squared_norm is not None and piece.dtype != "F32":
+        if not self._measured and piece.dtype != "F32":
             return self._delta.add_to(weight, start, stop, transposed=piece.transposed), None
         delta = self._delta.part(start, stop, transposed=piece.transposed)
-        if self._delta.squared_norm is None:
+        if self._measured:
             self.rounding.deltas[piece.module] += float(torch.dot(delta.reshape(-1), delta.reshape(-1)))
         return weight + delta, _lost(weight, delta) if piece.dtype == "F32" else None
 
@@ -168,7 +169,9 @@ class Sums:
         self._piece, self._delta, self._dequantized = piece, None, None
         if piece.module is not None:
             self._delta = self._deltas.delta(piece.module)
-            self.rounding.deltas[piece.module] = self._delta.squared_norm or 0.0
+            norm = self._delta.squared_norm()
+            self._measured = norm is None
+            self.rounding.deltas[piece.module] = norm or 0.0
             self.rounding.errors[piece.module] = 0.0
         if piece.quantization != "none":
             self._dequantized = dequantized(partial(self._whole, piece), piece.quantization)
@@ -181,13 +184,11 @@ class Sums:
         return weight.t().contiguous() if piece.transposed else weight
 
 
-def told(found: Iterator[Block], size: Callable[[Piece], int], total: int, tell: Tell) -> Iterator[Block]:
-    """The blocks, telling in the caller's thread how many of all bytes are under way or written."""
-    done = 0
+def told(found: Iterator[Block], size: Callable[[Piece], int], tell: Tell) -> Iterator[Block]:
+    """The blocks; `tell` is called in the caller's thread with how many bytes of the result each one is."""
     for block in found:
         yield block
-        done += size(block.piece) * (block.stop - block.start) // max(block.piece.count, 1)
-        tell(min(done, total), total)
+        tell(size(block.piece) * (block.stop - block.start) // max(block.piece.count, 1))
 
 
 def _matrix(data: Tensor, piece: Piece, rows: int) -> Tensor:
