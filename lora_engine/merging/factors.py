@@ -4,16 +4,13 @@ The scale stays apart in fp64, so that whoever rounds does it once. No torch.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from lora_engine.adapter_header import FACTORS, PREFIX, WEIGHTS
+from lora_engine.adapter_folder import load_module
 from lora_engine.errors import AdapterError
 from lora_engine.merging.arrays import Array, Wide
 from lora_engine.merging.sources import ModulePlan, Part
-from lora_engine.safetensors_file import Entry, read_array, read_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,7 @@ def load(module: str, plan: ModulePlan, *, weighted: bool = True) -> Factors:
     """The factors of one module; without `weighted` the scale leaves out the weights.
 
     Raises:
-        AdapterError: a value that is not finite, or a file that has changed since it was planned.
+        AdapterError: a value that is not finite, or a file that has become shorter since it was planned.
     """
     B = np.zeros((plan.outputs, plan.rank), np.float32)
     A = np.zeros((plan.rank, plan.inputs), np.float32)
@@ -42,8 +39,10 @@ def load(module: str, plan: ModulePlan, *, weighted: bool = True) -> Factors:
     start = 0
     for part in plan.parts:
         block = slice(start, start + part.rank)
-        A[block] = _read(part.header.folder, f"{PREFIX}{module}{FACTORS[0]}", (part.rank, plan.inputs))
-        B[:, block] = _read(part.header.folder, f"{PREFIX}{module}{FACTORS[1]}", (plan.outputs, part.rank))
+        try:
+            A[block], B[:, block] = load_module(part.header, module)
+        except AdapterError as error:
+            raise AdapterError(f"{part.header.folder.name}: {error.message}") from None
         scale[block] = part.scaling * (part.weight if weighted else 1.0)
         blocks.append(block)
         start = block.stop
@@ -61,20 +60,3 @@ def changing(factors: Factors, parts: tuple[Part, ...]) -> tuple[Factors, tuple[
     blocks = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
     left = Factors(factors.B[:, columns], factors.A[columns], factors.scale[columns], blocks)
     return left, tuple(parts[index] for index in kept)
-
-
-def _read(folder: Path, name: str, shape: tuple[int, int]) -> Array:
-    path = folder / WEIGHTS
-    status = path.stat()
-    entry = _header(path, status.st_mtime_ns, status.st_size).get(name)
-    if entry is None or entry.shape != shape:
-        raise AdapterError(f"{folder.name}: {name} has changed while it was merged")
-    array = read_array(path, entry)
-    if not np.isfinite(array).all():
-        raise AdapterError(f"{folder.name}: {name} has values that are not finite; train or upload the adapter again")
-    return array
-
-
-@lru_cache(maxsize=256)
-def _header(path: Path, modified: int, size: int) -> dict[str, Entry]:  # noqa: ARG001 - a changed file is read again
-    return read_header(path)

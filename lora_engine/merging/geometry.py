@@ -21,14 +21,14 @@ _CONVERGED = 1e-13
 _MOST_STEPS = 1000
 
 
-def exact(plan: Plan) -> Callable[[str], Factors]:
-    """The result of every module, as factors.
+def exact(plan: Plan, beat: Callable[[], None]) -> Callable[[str], Factors]:
+    """The result of every module that has parts, as factors.
 
     With scope "module" each module has its own angles, and where only some of the adapters change it, they alone count.
     With scope "adapter" the adapters are compared as a whole; what one lacks is zero there.
     """
     if plan.config.options.get("scope") == "adapter":
-        whole = _whole(plan)
+        whole = _whole(plan, beat)
         return lambda module: _weighted(plan, module, [whole[part.digest] for part in plan.modules[module].parts])
     return lambda module: _of_module(plan, module)
 
@@ -80,7 +80,7 @@ def _weighted(plan: Plan, module: str, weights: list[float]) -> Factors:
     return weighted(load(module, plan.modules[module], weighted=False), np.array(weights))
 
 
-def _whole(plan: Plan) -> Mapping[str, float]:
+def _whole(plan: Plan, beat: Callable[[], None]) -> Mapping[str, float]:
     """One coefficient for every adapter, from its inner products over all modules."""
     weights = {
         digest: total(source.weight for source in plan.sources if source.digest == digest)
@@ -89,6 +89,7 @@ def _whole(plan: Plan) -> Mapping[str, float]:
     digests = [digest for digest, weight in weights.items() if weight]
     inner = np.zeros((len(digests), len(digests)))
     for module, item in plan.modules.items():
+        beat()
         if item.parts:
             places = [digests.index(part.digest) for part in item.parts]
             inner[np.ix_(places, places)] += products(load(module, item, weighted=False))

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lora_engine.errors import AdapterError, SpecError
+from lora_engine.errors import SpecError
 from lora_engine.merging import certificate, geometry, low_rank, projection, result, sources
 from lora_engine.merging.arrays import Array
 from lora_engine.merging.certificate import ModuleCertificate, Norms
@@ -62,19 +62,15 @@ def merged(
     files: Mapping[str, str] = _NOTHING,
 ) -> dict[str, Any]:
     """As `merge`, of a merge that was planned already."""
-    exact = exact_results(plan)
     passes = 2 if plan.config.max_bytes is not None else 1
     progress = _Progress(tell, passes * len(plan.modules))
+    exact = exact_results(plan, progress.beat)
     ranks = _ranks(plan, exact, progress) if passes == 2 else {}
-    measure = _dense_measure(plan)
+    measure = _dense_measure(plan, progress.beat)
     results = {}
     for module in plan.modules:
         results[module] = measure(module, _written(plan, module, exact(module), ranks.get(module)))
         progress.advance()
-    if not any(item.certificate.exact.frobenius for item in results.values()):
-        raise AdapterError(
-            f"nothing is left: the result of {plan.config.method} is zero; choose other weights or scope"
-        )
     return result.publish(plan, results, output, lineage=lineage, files=files)
 
 
@@ -84,33 +80,38 @@ class _Progress:
 
     def advance(self) -> None:
         self._done += 1
+        self.beat()
+
+    def beat(self) -> None:
+        """Says that the work goes on, so that it can be ended."""
         if self._tell:
             self._tell(self._done, self._total)
 
 
-def exact_results(plan: Plan) -> Exact:
-    """The method's exact result of every module, before any compression."""
+def exact_results(plan: Plan, beat: Callable[[], None] = lambda: None) -> Exact:
+    """The method's exact result of every module, before any compression; `beat` is called as preparations go on."""
     method = plan.config.method
+    exact: Exact | None = None
     if method in NONLINEAR:
         from lora_engine.merging import shared_basis  # torch
 
-        return shared_basis.exact(plan)
-    if method in GEOMETRIC:
-        return geometry.exact(plan)
-    if method == "project_out":
-        return projection.projected_out(plan)
-    if method == "peft_linear":
-        return projection.peft_linear(plan)
-    return lambda module: load(module, plan.modules[module])
+        exact = shared_basis.exact(plan, beat)
+    elif method in GEOMETRIC:
+        exact = geometry.exact(plan, beat)
+    elif method == "project_out":
+        exact = projection.projected_out(plan)
+    elif method == "peft_linear":
+        exact = projection.peft_linear(plan)
+    return lambda module: exact(module) if exact and plan.modules[module].parts else load(module, plan.modules[module])
 
 
-def _dense_measure(plan: Plan) -> Callable[[str, ModuleResult], ModuleResult]:
+def _dense_measure(plan: Plan, beat: Callable[[], None]) -> Callable[[str, ModuleResult], ModuleResult]:
     """Adds the distance to a nonlinear method's result on the dense deltas to a module's certificate."""
     if plan.config.method not in NONLINEAR:
         return lambda _, written: written
     from lora_engine.merging import shared_basis  # torch
 
-    whole = shared_basis.dense_cutoffs(plan)
+    whole = shared_basis.dense_cutoffs(plan, beat)
 
     def measure(module: str, written: ModuleResult) -> ModuleResult:
         if not plan.modules[module].parts:

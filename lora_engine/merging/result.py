@@ -65,7 +65,12 @@ def publish(
     One rank for all modules (smaller ones are padded with zeros), alpha equal to it and no patterns, so that every
     loader computes the same; where energy or bytes were asked for, every module has a rank of its own, which PEFT
     alone reads.
+
+    Raises:
+        AdapterError: the result is zero in every module.
     """
+    if not any(item.certificate.exact.frobenius for item in results.values()):
+        raise AdapterError(f"nothing is left: {plan.config.method} gives zero; choose other weights or another scope")
     native = plan.config.energy is not None or plan.config.max_bytes is not None
     rank = _rank(plan, results)
     config, arrays = _native(plan, results) if native else _portable(plan, results, rank)
@@ -140,11 +145,13 @@ def _parents(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _portable(plan: Plan, results: Mapping[str, ModuleResult], rank: int) -> tuple[dict[str, Any], dict[str, Array]]:
-    arrays = {}
+    arrays: dict[str, Array] = {}
     for module, item in results.items():
         missing = rank - item.A.shape[0]
-        arrays[f"{PREFIX}{module}{FACTORS[0]}"] = np.pad(item.A, ((0, missing), (0, 0)))
-        arrays[f"{PREFIX}{module}{FACTORS[1]}"] = np.pad(item.B, ((0, 0), (0, missing)))
+        pair = (item.A, item.B)
+        if missing:
+            pair = (np.pad(item.A, ((0, missing), (0, 0))), np.pad(item.B, ((0, 0), (0, missing))))
+        arrays |= {f"{PREFIX}{module}{factor}": array for factor, array in zip(FACTORS, pair, strict=True)}
     return peft_config.portable(rank, rank, plan.base_model_name, list(plan.target_modules)), arrays
 
 

@@ -34,11 +34,11 @@ class Shared:
     right: Wide | None
 
 
-def exact(plan: Plan) -> Callable[[str], Factors]:
-    """The result of every module, as factors."""
+def exact(plan: Plan, beat: Callable[[], None]) -> Callable[[str], Factors]:
+    """The result of every module that has parts, as factors."""
     whole = None
     if plan.config.options.get("scope") == "adapter":
-        whole = cutoffs(plan.config.method, plan.config.options, lambda: _all_blocks(plan))
+        whole = cutoffs(plan.config.method, plan.config.options, lambda: _all_blocks(plan, beat))
     return lambda module: _of_module(plan, module, whole)
 
 
@@ -77,8 +77,9 @@ def _shared(plan: Plan, module: str) -> tuple[Shared, tuple[Part, ...]]:
     return replace(shared, X=shared.X * weights[:, None, None]), parts
 
 
-def _all_blocks(plan: Plan) -> Iterator[tuple[Sequence[str], Tensor]]:
+def _all_blocks(plan: Plan, beat: Callable[[], None]) -> Iterator[tuple[Sequence[str], Tensor]]:
     for module in plan.modules:
+        beat()
         shared, parts = _shared(plan, module)
         if parts:
             yield [part.digest for part in parts], torch.from_numpy(shared.X)
@@ -100,11 +101,11 @@ def _merged(plan: Plan, module: str, X: Tensor, parts: tuple[Part, ...], whole: 
     return combine(method, options, X, [(part.digest, part.weight) for part in parts], found, module)
 
 
-def dense_cutoffs(plan: Plan) -> Cutoffs | None:
+def dense_cutoffs(plan: Plan, beat: Callable[[], None]) -> Cutoffs | None:
     """Of the dense deltas of whole adapters; none where each module is in a scope of its own."""
     if plan.config.options.get("scope") != "adapter":
         return None
-    return cutoffs(plan.config.method, plan.config.options, lambda: _all_dense(plan))
+    return cutoffs(plan.config.method, plan.config.options, lambda: _all_dense(plan, beat))
 
 
 def dense_error(plan: Plan, module: str, B: Array, A: Array, whole: Cutoffs | None) -> tuple[Norms, Norms]:
@@ -118,8 +119,9 @@ def dense_error(plan: Plan, module: str, B: Array, A: Array, whole: Cutoffs | No
     return norms_of_dense(merged), norms_of_dense(merged - written)
 
 
-def _all_dense(plan: Plan) -> Iterator[tuple[Sequence[str], Tensor]]:
+def _all_dense(plan: Plan, beat: Callable[[], None]) -> Iterator[tuple[Sequence[str], Tensor]]:
     for module in plan.modules:
+        beat()
         X, parts = _dense(plan, module)
         if parts:
             yield [part.digest for part in parts], X

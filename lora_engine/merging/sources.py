@@ -107,7 +107,7 @@ def plan(config: MergeConfig, sources: Sequence[Source]) -> Plan:
         sources=tuple(sources),
         modules=modules,
         target_modules=_target_modules(sources, modules),
-        base_model_name=next((name for source in sources if (name := source.header.settings.base_model_name)), ""),
+        base_model_name=min({source.header.settings.base_model_name for source in sources} - {""}, default=""),
         base_digest=next((source.header.base_digest for source in sources if source.header.base_digest), None),
     )
 
@@ -230,13 +230,17 @@ def _check_left(config: MergeConfig, sources: Sequence[Source], modules: Mapping
         raise SpecError("adapters[0].weight: nothing is left of the adapter to project", field="adapters[0].weight")
     if not digests:
         raise SpecError("adapters: every weight is 0, or weights of the same adapter cancel out", field="adapters")
-    for module, item in modules.items() if config.method == "slerp" else ():
-        if item.parts and not total(part.weight for part in item.parts):
-            raise SpecError(
-                f"adapters: the weights of slerp say how far to go from one adapter to the other; at {module} they "
-                "add up to 0",
-                field="adapters",
-            )
+    if config.method == "slerp":
+        weights = {f"at {name}": [part.weight for part in item.parts] for name, item in modules.items() if item.parts}
+        if config.scope == "adapter":
+            weights["of the adapters"] = [source.weight for source in sources]
+        for place, given in weights.items():
+            if not total(given):
+                raise SpecError(
+                    "adapters: the weights of slerp say how far to go from one adapter to the other, and those "
+                    f"{place} add up to 0",
+                    field="adapters",
+                )
 
 
 def _part(header: Header, digest: str, module: str, weight: float) -> Part:

@@ -131,7 +131,12 @@ def test_the_mean_on_the_sphere_has_the_mean_length(seed: int, count: int) -> No
     ("pairs", "options", "message"),
     [
         (PAIRS, {"method": "slerp"}, "slerp takes at most 2"),
-        ([(PAIRS[0][0], 1.0), (PAIRS[2][0], -1.0)], {"method": "slerp"}, "add up to 0"),
+        ([(PAIRS[0][0], 1.0), (PAIRS[2][0], -1.0)], {"method": "slerp"}, "those at .* add up to 0"),
+        (
+            [(Drawn(targets=("q_proj",)), 1.0), (Drawn(targets=("down_proj",)), -1.0)],
+            {"method": "slerp", "scope": "adapter"},
+            "those of the adapters add up to 0",
+        ),
         ([(PAIRS[0][0], 1.0), (PAIRS[2][0], -1.0)], {"method": "karcher"}, "takes no negative weight"),
     ],
 )

@@ -141,15 +141,45 @@ def test_weights_by_module(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[Q1], 2 * one[Q1] + 3 * two[Q1], atol=1e-5)
 
 
-def test_a_module_left_out_in_some_layers_is_written_as_zeros(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [method for method in OPTIONS if method != "project_out"])
+def test_a_module_left_out_in_some_layers_is_written_as_zeros(method: str, tmp_path: Path) -> None:
     """Loaders drop a whole kind of module where one layer lacks it."""
     source = WeightedAdapter(path=str(Drawn().write(tmp_path / "1")), weights={"layers.0.mlp.*": 0.0})
-    merge(MergeSpec(adapters=[source], output=str(tmp_path / "out")))
+    merge(MergeSpec(adapters=[source], output=str(tmp_path / "out"), method=method))  # type: ignore[arg-type]
     found = dense(tmp_path / "out")
     assert set(found) == {Q0, DOWN0, Q1, DOWN1}
     assert not found[DOWN0].any()
     assert found[DOWN1].any()
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"] == ["down_proj", "q_proj"]
+
+
+@pytest.mark.parametrize("method", ["ties", "karcher"])
+def test_preparations_can_be_ended(method: str, tmp_path: Path) -> None:
+    """Whole adapters are looked through before the first module is merged."""
+    told = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 3:
+            raise InterruptedError
+
+    source = WeightedAdapter(path=str(Drawn().write(tmp_path / "1")))
+    with pytest.raises(InterruptedError):
+        merge(MergeSpec(adapters=[source], output=str(tmp_path / "out"), method=method, scope="adapter"), tell)  # type: ignore[arg-type]
+    assert told == [(0, 4)] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
+
+
+def test_the_base_model_has_one_name_whatever_the_order(tmp_path: Path) -> None:
+    folders: list[WeightedAdapter] = []
+    for name in ("b-name", "a-name"):
+        folder = Drawn(seed=len(folders)).write(tmp_path / name)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        folders.append(WeightedAdapter(path=str(folder)))
+    for order, name in ((folders, "1"), (folders[::-1], "2")):
+        merge(MergeSpec(adapters=order, output=str(tmp_path / name)))
+        assert json.loads((tmp_path / name / "lineage.json").read_text())["base_model"] == "a-name"
 
 
 @pytest.mark.parametrize("basis", ["knots", "core", None])

@@ -83,7 +83,7 @@ def test_ties_in_the_shared_basis_equals_its_dense_version(module: str, basis: s
         if basis == "core"
         else dense_knots([item.deltas()[module] for item, _ in pairs], [weight for _, weight in pairs])
     )
-    found = exact(planning)(module)
+    found = exact(planning, lambda: None)(module)
     product = found.B * found.scale @ found.A
     assert np.linalg.norm(product - expected) <= 1e-12 * np.linalg.norm(expected)
     assert found.scale.size == 9
@@ -115,7 +115,9 @@ def test_the_dense_result_is_measured_with_zero_distance_to_itself(tmp_path: Pat
     expected = definitions.ties(
         [item.deltas()[Q1] for item, _ in pairs], [weight for _, weight in pairs], 0.5, "mass", "count"
     ).astype(np.float32)
-    norms, error = dense_error(planning, Q1, np.eye(len(expected), dtype=np.float32), expected, dense_cutoffs(planning))
+    norms, error = dense_error(
+        planning, Q1, np.eye(len(expected), dtype=np.float32), expected, dense_cutoffs(planning, lambda: None)
+    )
     assert error.frobenius <= 1e-6 * norms.frobenius
 
 
