@@ -63,13 +63,22 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         command = [compiler, *_FLAGS, *_processor()]
-        path = _cache() / f"kernels-{_digest(command)}.so"
-        if not path.exists():
-            _compile(command, path)
-        return ctypes.CDLL(str(path))
+        folder = _cache()
+        if folder is not None:
+            return _loaded(command, folder)
+        # What is loaded stays so when its file has gone.
+        with tempfile.TemporaryDirectory(prefix="luthier-kernels-") as passing:
+            return _loaded(command, Path(passing))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("no kernels: %s", error)
         return None
+
+
+def _loaded(command: list[str], folder: Path) -> ctypes.CDLL:
+    path = folder / f"kernels-{_digest(command)}.so"
+    if not path.exists():
+        _compile(command, path)
+    return ctypes.CDLL(str(path))
 
 
 def _processor() -> list[str]:
@@ -94,18 +103,17 @@ def _digest(command: list[str]) -> str:
     return hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
 
 
-def _cache() -> Path:
-    """A folder that only this user writes to: what is loaded from it runs as this user."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME")
-    folder = Path(home, *([] if os.environ.get("XDG_CACHE_HOME") else [".cache"]), "luthier") if home else None
-    if folder is not None:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            folder = None
-    if folder is None or not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
-        return Path(tempfile.mkdtemp(prefix="luthier-kernels-"))
-    return folder
+def _cache() -> Path | None:
+    """A folder that only this user writes to, as what is loaded from it runs as this user; None: there is none."""
+    given, home = os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME")
+    if not given and not home:
+        return None
+    folder = (Path(given) if given else Path(home or "", ".cache")) / "luthier"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid() else None
 
 
 def _compile(command: list[str], path: Path) -> None:

@@ -33,7 +33,7 @@ _MEMORY_ERROR, _TIME_ERROR = 0.1, 0.2
 # What a heap takes for what a job holds, the mean of that grid: `machine.Heap` bounds it.
 _HOLES = 1.07
 # Seconds from which on what a pass does for the first time no longer shows in its time.
-_LONG_PASS = 2.0
+_LONG_PASS = 1.0
 # Steps whose micro-batches are counted to predict the time of all.
 _SAMPLED_STEPS = 32
 

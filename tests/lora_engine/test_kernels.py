@@ -1,5 +1,6 @@
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_it_is_compiled_once_into_the_users_cache(tmp_path: Path) -> None:
     kernels.library.cache_clear()
     assert kernels.library() is not None
     assert path.stat().st_mtime_ns == made
+
+
+@compiled
+@pytest.mark.usefixtures("_forgotten")
+def test_where_nothing_can_be_kept_it_is_compiled_anew_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    passing = tmp_path / "passing"
+    passing.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(passing))
+    assert kernels.library() is not None
+    assert list(passing.iterdir()) == []
 
 
 @pytest.mark.usefixtures("_forgotten")
