@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 from lora_engine.analysis_config import MAX_ADAPTERS as MAX_ANALYZED
 from lora_engine.analysis_config import AnalyzeConfig
 from lora_engine.errors import SpecError
-from lora_engine.exporting.config import ExportConfig
+from lora_engine.exporting.config import ExportConfig, ExportSpec
 from lora_engine.fields import bounded, bounded_values, to_mapping
-from lora_engine.merging.config import MAX_WEIGHT, ExtractConfig
+from lora_engine.merging.config import MAX_WEIGHT, ExtractConfig, MergeConfig, WeightedAdapter
 from lora_engine.weight_search_config import SearchConfig
 from service import adapters, base_models, datasets, jobs, sources
 from service.errors import Invalid
@@ -29,17 +29,21 @@ class ExportRequest(ExportConfig):
     Attributes:
         weight: of every module of the adapter that `weights` does not name.
         weights: of the modules so named.
-        others: adapters on the same base model that are added up with it, exactly.
+        others: adapters on the same base model that are put together with it.
+        merge: how: added up exactly, or into the weights of a whole model by one of the nonlinear methods.
         name: of the job and of its artifact.
     """
 
     weight: float = 1.0
     weights: Mapping[str, float] = field(default_factory=dict)
     others: Sequence[Source] = ()
+    merge: MergeConfig = field(default_factory=MergeConfig)
     name: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        named = [WeightedAdapter(path=str(index)) for index in range(1 + len(self.others))]
+        ExportSpec(base_model="", adapters=named, output="", export=self, merge=self.merge)  # checks what goes together
         bounded(self, "weight", -MAX_WEIGHT, MAX_WEIGHT)
         bounded_values(self, "weights", -MAX_WEIGHT, MAX_WEIGHT)
         jobs.check_name(self.name)
@@ -119,7 +123,11 @@ def submit_export(
         return Job(
             kind="export",
             name=request.name or f"{first.name} as {request.format}",
-            spec={"export": to_mapping(_part(ExportConfig, request)), "adapters": sources.spelled(asked, found)},
+            spec={
+                "export": to_mapping(_part(ExportConfig, request)),
+                "merge": _given(request.merge),
+                "adapters": sources.spelled(asked, found),
+            },
             base_model_id=first.base_model_id,
             parents=sources.lineage(asked, found),
         )
@@ -240,6 +248,11 @@ def submit_verification(
 def _part(cls: type[T], request: Any) -> T:
     """The engine's share of a request."""
     return cls(**{item.name: getattr(request, item.name) for item in fields(cls)})  # type: ignore[arg-type]
+
+
+def _given(config: MergeConfig) -> dict[str, Any]:
+    """The options that were given: an export takes fewer than a method has."""
+    return {name: value for name, value in to_mapping(config).items() if value is not None}
 
 
 def _check_different(found: Sequence[Adapter]) -> None:

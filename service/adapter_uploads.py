@@ -31,7 +31,9 @@ from service.tar_stream import TarStream
 
 INITIAL = "initial"  # the adapter as it was before training, in a folder of its own
 _LEASE_SECONDS = 900.0  # for storing what was received
-_MAX_CONFIG_BYTES = 1 << 20
+# PEFT's own are a thousand times smaller; what checks them here takes time by their product.
+_MAX_CONFIG_BYTES = 128 << 10
+_MAX_HEADER_BYTES = 2 << 20
 _SIGNATURES = {
     b"PK\x03\x04": "a zip archive, or a pickle of PyTorch's", b"GGUF": "a GGUF file", b"\x1f\x8b": "compressed",
     b"\x93NUMPY": "a NumPy array", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle",
@@ -100,6 +102,8 @@ class _Pair:
                 self._header_bytes = data_offset(bytes(self._start[:8]), self._limit)
             except AdapterError as error:
                 raise self._fault("weights", error.message) from None
+            if self._header_bytes > _MAX_HEADER_BYTES:
+                raise self._fault("weights", f"the header is longer than {_MAX_HEADER_BYTES} bytes", TooLarge)
 
     def _fault(
         self, field: str, message: str, kind: type[Invalid | TooLarge | UnsupportedMedia] = Invalid
@@ -147,8 +151,15 @@ class Upload:
         told = plan(config, tensors, ingest)
         pairs = [""]
         if not self._initial.is_empty:
-            self._initial.finish()
+            plan(*self._initial.finish())
             pairs.append(f"{INITIAL}/")
+        elif told.moved_base:
+            start = str(config["init_lora_weights"])[:40]
+            raise Invalid(
+                f"{INITIAL}_weights: init_lora_weights is {start!r}, which changed the base model too; send "
+                f"{INITIAL}_config and {INITIAL}_weights, the adapter as it was saved before training",
+                param=f"{INITIAL}_weights",
+            )
         return told, [_described(self.folder, f"{pair}{name}") for pair in pairs for name in (CONFIG, WEIGHTS)]
 
 

@@ -59,6 +59,7 @@ def _export(database: Database, storage: Storage, claim: Claim, folder: Path) ->
         "adapters": _fetch_sources(database, storage, claim, folder),
         "output": str(folder / "result"),
         "export": job.spec["export"],
+        "merge": job.spec["merge"],
     }
     return {"spec": spec, "base": _pinned(base)}
 

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import update
 
 from lora_engine import base_files
+from lora_engine.fields import from_mapping
 from lora_engine.ingest_config import IngestConfig
 from service import adapter_jobs, adapter_uploads
 from service.adapter_jobs import AnalyzeRequest, ExportRequest, ExtractRequest, SearchRequest
@@ -81,6 +82,14 @@ def test_an_export_is_an_artifact_of_its_adapters(bench: Bench, pair: list[Adapt
     assert list(folder.glob("model*.safetensors"))
     assert artifact.digest == base_files.digest_of(artifact.files)
     assert artifact.metrics["format"] == "merged"
+
+
+def test_adapters_go_into_a_model_by_a_nonlinear_method(bench: Bench, pair: list[Adapter]) -> None:
+    body = {"format": "merged", "dtype": "fp32", "others": [{"adapter": pair[1].id}]}
+    request = from_mapping(ExportRequest, body | {"merge": {"method": "ties", "density": 0.5}})
+    job_id = bench.adapter_job(adapter_jobs.submit_export, pair[0].id, request)
+    bench.run()
+    assert bench.job(job_id).state == "succeeded", bench.messages(job_id)
 
 
 def test_an_export_that_cannot_be_fails_with_the_reason(bench: Bench, pair: list[Adapter]) -> None:

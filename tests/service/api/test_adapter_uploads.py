@@ -124,6 +124,7 @@ HOSTILE: dict[str, tuple[dict[str, bytes], int, str]] = {
     "an array": (pair(weights=b"\x93NUMPY" + bytes(100)), 415, "NumPy"),
     "a header longer than the file": (pair(weights=(10**6).to_bytes(8, "little") + b"{}"), 422, "header"),
     "a header beyond the limit": (pair(weights=(10**9).to_bytes(8, "little") + b"{}"), 422, "header"),
+    "a header of 2.5 MB": (pair(weights=(5 << 19).to_bytes(8, "little") + b"{}"), 413, "header"),
     "a header that is no JSON": (pair(weights=(8).to_bytes(8, "little") + b"not json"), 422, "JSON"),
     "duplicate tensors": (
         pair(weights=(30).to_bytes(8, "little") + b'{"a":{"dtype":1},"a":{}}      ' + bytes(9)), 422, "twice"),
@@ -135,7 +136,7 @@ HOSTILE: dict[str, tuple[dict[str, bytes], int, str]] = {
     "an unknown type": (pair(weights=renamed({"a": TENSOR | {"dtype": "F33"}}, 16)), 422, ""),
     "a config that is no JSON": (pair(config=b"peft"), 422, "config"),
     "a config with a NaN": (pair(config=b'{"r": NaN}'), 422, "config"),
-    "a config of 2 MB": (pair(config=b" " * (2 << 20)), 413, "config"),
+    "a config of 200 KB": (pair(config=b" " * 200_000), 413, "config"),
     "no tar": ({"archive": b"x" * 2000}, 415, "tar"),
     "a compressed tar": ({"archive": b"\x1f\x8b" + bytes(600)}, 415, "tar"),
     "half a tar": ({"archive": tar(GOOD)[:700]}, 422, "torn"),
@@ -170,6 +171,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"peft_type": "IA3"}, "peft_type"),
     "a rank that is not the tensors'": ({"r": 5}, "rank"),
     "a module that is not targeted": ({"target_modules": ["v_proj"]}, "q_proj"),
+    "PiSSA without its beginning": ({"init_lora_weights": "pissa"}, "initial_weights"),
     "another shape": ({"size": 16}, "base_model"),
     "other layers": ({"modules": ["transformer.h.0.attn.c_attn"]}, "base_model"),
 }

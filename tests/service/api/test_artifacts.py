@@ -106,6 +106,9 @@ EXPORTS: list[tuple[dict[str, Any], str]] = [
     ({"weight": 1e9}, "weight"),
     ({"weights": {"(a+)+$": 1}}, "weights"),
     ({"others": [{"adapter": "x", "weight": "1"}]}, "others[0].weight"),
+    ({"merge": {"method": "ties"}}, "merge.method"),
+    ({"format": "merged", "merge": {"method": "ties", "rank": 4}}, "merge.rank"),
+    ({"format": "merged", "merge": {"density": 0.5}}, "merge.density"),
     ({"output": "/etc"}, "output"),
     ({"name": "\u202e"}, "name"),
 ]
