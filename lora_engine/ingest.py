@@ -219,6 +219,8 @@ def _take_whole(
         taken.notes.append(f"{name} equals the base model's and was left out")
         return
     module, _, leaf = name.rpartition(".")
+    if module in taken.weights:
+        raise AdapterError(f"{name}: the file changes it whole, and puts LoRA on it besides; train with one of the two")
     if leaf != "weight" or module not in base.modules:
         raise AdapterError(f"{name}: trained whole (modules_to_save), and no linear layer: no B·A can say what changed")
     if ingest.rank is None:

@@ -23,7 +23,8 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([\w-]+))?\.(weight|bias)")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.([\w-]+))??(?:\.weight)?")
 _WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.[\w-]+)?)?\.(weight|bias)")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "embedding", "output")
-_MAX_SAVED = 1000
+_MAX_SAVED = 100
+_MAX_WHOLE = 1000
 _PLAIN_STARTS = (True, False, None, "true", "gaussian", "eva", "mica", "orthogonal")
 _MOVES_BASE = ("pissa", "olora", "corda", "lora_ga")
 _TAKEN = ("init_lora_weights", "lora_bias", "modules_to_save", "use_dora")
@@ -162,6 +163,8 @@ def _sorted(
             module, adapter, role = magnitude[1], magnitude[2], "magnitude"
         else:
             whole[_whole(name, key, config)] = key
+            if len(whole) > _MAX_WHOLE:
+                raise AdapterError(f"more than {_MAX_WHOLE} parameters are in the file whole: that is no adapter")
             continue
         adapters.add(adapter)
         if role in modules[module].keys:

@@ -16,7 +16,7 @@ from lora_engine.errors import AdapterError
 
 V = TypeVar("V")
 
-NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")  # of a module
+NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,31}")  # of a module or a tensor
 _MAX_LENGTH = 512
 _MAX_TOTAL_LENGTH = 4_000_000  # of all patterns of one field: 50,000 full names
 _MAX_NODES = 10_000  # with every repetition written out

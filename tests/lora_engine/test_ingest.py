@@ -255,6 +255,20 @@ def test_a_linear_layer_trained_whole_becomes_its_best_low_rank_form(base: Path,
         taken(None, source)
 
 
+def test_a_head_with_lora_whose_base_weight_is_saved_too(base: Path, tmp_path: Path) -> None:
+    """PEFT saves it by itself where the head is a target; it must be the base model's."""
+    source = foreign(base, tmp_path / "peft", target_modules=["lm_head"])
+    head = AutoModelForCausalLM.from_pretrained(base).lm_head.weight.detach()
+    saved = f"{PREFIX}lm_head.base_layer.weight"
+    edit_tensors(source, lambda tensors: tensors | {saved: head.clone()})
+    output, certificate = taken(base, source)
+    assert certificate["notes"] == ["lm_head.weight equals the base model's and was left out"]
+    torch.testing.assert_close(logits(base, output), logits(base, source), rtol=1e-5, atol=1e-5)
+    edit_tensors(source, lambda tensors: tensors | {saved: head + 0.1})
+    with pytest.raises(AdapterError, match=r"lm_head\.weight: the file changes it whole, and puts LoRA on it"):
+        taken(base, source, ingest=IngestConfig(rank=32))
+
+
 def test_norms_and_embeddings_trained_whole_are_refused(base: Path, tmp_path: Path) -> None:
     def train(model: Any) -> None:
         model.base_model.model.model.norm.modules_to_save["default"].weight += 0.1
