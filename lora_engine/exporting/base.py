@@ -14,7 +14,7 @@ from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.streamed import streamed
 from lora_engine.exporting.sums import Piece
 from lora_engine.exporting.tensors import FolderTensors, Tensors
-from lora_engine.safetensors_file import FLOATS, Entry
+from lora_engine.safetensors_file import FLOATS
 from lora_engine.target_modules import Module
 from lora_engine.weights import read_json, some
 
@@ -75,16 +75,16 @@ def open_base(folder: Path) -> Base:
     return Base(folder, read_json(folder / "config.json"), model, tensors, tokenizer, linear_modules(model))
 
 
-def check(base: Base, deltas: Deltas) -> str | None:
-    """The base model's digest, computed where the adapters say on which one they were trained.
+def check(base: Base, deltas: Deltas, digest: str | None) -> str | None:
+    """The base model's digest: the given one, or computed where the adapters say on which one they were trained.
 
     Raises:
         AdapterError: another base model; modules that it does not have, or has in other shapes.
     """
     deltas.check(base.modules)
     if deltas.plan.base_digest is None:
-        return None
-    digest = base_files.digest(base.folder)
+        return digest
+    digest = digest or base_files.digest(base.folder)
     if digest != deltas.plan.base_digest:
         raise AdapterError(
             f"the adapters were trained on another base model ({deltas.plan.base_digest}) than {base.folder.name} "
@@ -114,51 +114,41 @@ def pieces(base: Base, deltas: Deltas, dtype: str | None, quantization: str) -> 
             f"{some(scattered)}: the base model's files hold it as a part of a tensor of another form, to which no "
             "delta can be added; export the adapter alone (peft-portable)"
         )
+    names = base.tensors.names
     result = []
-    for stored, (path, entry) in sorted(base.tensors.stored.items()):
+    for stored in sorted(base.tensors.stored):
         name = by_stored.get(stored, "")
-        result.append(_piece(base, stored, path, entry, dtype, linear.get(name), name in targets, quantization))
-    for name in sorted(targets - set(base.tensors.names)):
-        source = next(twin for twin in sorted(base.twins(name)) if twin in base.tensors.names)
-        path, entry = base.tensors.stored[base.tensors.names[source]]
-        result.append(_piece(base, name, path, entry, dtype, linear[name], True, quantization))
-    return result + _left_behind(base, targets, dtype)
-
-
-def _left_behind(base: Base, targets: set[str], dtype: str | None) -> list[Piece]:
-    """Unchanged copies of targeted tensors, under the names of their twins that are stored under no name."""
-    result = []
-    for name in sorted(targets & set(base.tensors.names)):
-        path, entry = base.tensors.stored[base.tensors.names[name]]
-        missing = sorted(base.twins(name) - set(base.tensors.names))
-        result += [_piece(base, twin, path, entry, dtype, None, False, "none") for twin in missing]
+        module = linear.get(name)
+        result.append(
+            _piece(base, stored, stored, dtype, module=module, targeted=name in targets, quantization=quantization)
+        )
+    for name in sorted(targets - set(names)):  # its twin is stored
+        source = names[next(twin for twin in sorted(base.twins(name)) if twin in names)]
+        result.append(_piece(base, name, source, dtype, module=linear[name], targeted=True, quantization=quantization))
+    for name in sorted(targets & set(names)):  # its twins, stored under no name of their own, stay what they were
+        result += [_piece(base, twin, names[name], dtype) for twin in sorted(base.twins(name) - set(names))]
     return result
 
 
 def _piece(
-    base: Base,
-    stored: str,
-    path: Path,
-    entry: Entry,
-    dtype: str | None,
-    module: Module | None,
-    targeted: bool,
-    quantization: str,
-) -> Piece:
+    base: Base, name: str, stored: str, dtype: str | None, *, module: Module | None = None, targeted: bool = False,
+    quantization: str = "none",
+) -> Piece:  # fmt: skip
+    """The tensor that the files have as `stored`, to be written as `name`; `module` whose weight it is."""
+    path, entry = base.tensors.stored[stored]
     floating = entry.dtype in FLOATS
     kind = quantization if module is not None and not module.head else "none"
     if not floating and (targeted or kind != "none"):
-        raise AdapterError(f"{stored}: weights of type {entry.dtype} are not merged into; use the original weights")
+        raise AdapterError(f"{name}: weights of type {entry.dtype} are not merged into; use the original weights")
     if not floating and dtype is not None and entry.dtype.startswith("F"):
-        raise AdapterError(f"{stored}: weights of type {entry.dtype} are not rounded to {dtype}; leave dtype out")
-    transposed = module is not None and isinstance(base.model.get_submodule(module.name), Conv1D)
+        raise AdapterError(f"{name}: weights of type {entry.dtype} are not rounded to {dtype}; leave dtype out")
     return Piece(
-        name=stored,
+        name=name,
         source=path,
         entry=entry,
         dtype=_STORED[dtype] if dtype and floating else entry.dtype,
         module=module.name if module is not None and targeted else None,
-        transposed=transposed,
+        transposed=module is not None and isinstance(base.model.get_submodule(module.name), Conv1D),
         quantization=kind,
     )
 

@@ -95,6 +95,7 @@ class ExportSpec:
         base_model: folder with config, tokenizer and safetensors.
         adapters: the sources; more than one are added up exactly.
         output: folder for the result, which appears whole or not at all.
+        base_digest: SHA-256 of the base model, where the caller has just computed it; left out, it is computed.
         base_model_name: what the result calls the base model; left out, as the adapters do.
         merge: how several adapters become one: a stack, or, into the weights of a whole model, one of the nonlinear
             methods on the dense deltas, whose results are of full rank.
@@ -103,6 +104,7 @@ class ExportSpec:
     base_model: str
     adapters: Sequence[WeightedAdapter]
     output: str
+    base_digest: str | None = None
     base_model_name: str | None = None
     export: ExportConfig = field(default_factory=ExportConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_engine import nf4
 from lora_engine.merging.cutoffs import Cutoffs, cutoffs
-from lora_engine.merging.factors import load
+from lora_engine.merging.factors import changing, load
 from lora_engine.merging.nonlinear import combine
 from lora_engine.merging.sources import Plan
 
@@ -22,11 +22,12 @@ class DenseDelta:
     def __init__(self, plan: Plan, module: str, whole: Cutoffs | None) -> None:
         """`whole`: of the whole adapters, where the options take the cutoffs over these."""
         item = plan.modules[module]
-        found = load(module, item)
+        # Adapters that are zero here, as where their loaders want all layers of a kind, have no say in it.
+        found, parts = changing(load(module, item), item.parts)
         self._plan, self._module, self._blocks = plan, module, found.blocks
         self._B = torch.from_numpy((found.B * found.scale).astype(np.float32))
         self._A = torch.from_numpy(found.A)
-        self._parts = [(part.digest, part.weight) for part in item.parts]
+        self._parts = [(part.digest, part.weight) for part in parts]
         method, options = plan.config.method, plan.config.options
         self._cutoffs = cutoffs(method, options, self.blocks) if whole is None else whole
         self._transposed: Tensor | None = None
@@ -53,16 +54,19 @@ class DenseDelta:
 
     def blocks(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         """The adapters' own weighted deltas with their digests, as `cutoffs` reads them."""
-        for start, stop in self._rows():
+        for start, stop in self._rows() if self._parts else ():
             yield [digest for digest, _ in self._parts], self._stacked(start, stop)
 
     def _merged(self, start: int, stop: int) -> Tensor:
         method, options = self._plan.config.method, self._plan.config.options
         X = self._stacked(start, stop)
+        if not self._parts:
+            return X.sum(dim=0)
         return combine(method, options, X, self._parts, self._cutoffs, self._module, start)
 
     def _stacked(self, start: int, stop: int) -> Tensor:
-        return torch.stack([self._B[start:stop, block] @ self._A[block] for block in self._blocks])
+        deltas = [self._B[start:stop, block] @ self._A[block] for block in self._blocks]
+        return torch.stack(deltas) if deltas else torch.zeros(0, stop - start, self._A.shape[1])
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         step = max(1, nf4.chunk_size(torch.device("cpu")) // self._A.shape[1])

@@ -20,7 +20,18 @@ from torch import Tensor
 from lora_engine.adapter_header import LINEAGE
 from lora_engine.errors import AdapterError
 from lora_engine.exporting import base as bases
-from lora_engine.exporting import card, companions, gguf_adapter, gguf_layout, gguf_model, merged, mlx, parity, peft
+from lora_engine.exporting import (
+    card,
+    companions,
+    gguf_adapter,
+    gguf_layout,
+    gguf_model,
+    gguf_vocabulary,
+    merged,
+    mlx,
+    parity,
+    peft,
+)
 from lora_engine.exporting.base import Base
 from lora_engine.exporting.config import ExportConfig, ExportSpec, gap_limit
 from lora_engine.exporting.deltas import Deltas, ModuleDeltas
@@ -115,7 +126,7 @@ def export(spec: ExportSpec, tell: Callable[[int, int], None] | None = None) -> 
 def _prepare(spec: ExportSpec, tell: Callable[[int, int], None]) -> Job:
     base = bases.open_base(Path(spec.base_model))
     deltas = Deltas(spec.adapters, spec.merge)
-    digest = bases.check(base, deltas)
+    digest = bases.check(base, deltas, spec.base_digest)
     trained_on, target = _quantizations(spec.export, deltas)
     name = spec.base_model_name or deltas.plan.base_model_name or base.folder.name
     prompts, progress = parity.texts(base.tokenizer), _Progress(tell, base)
@@ -240,6 +251,7 @@ def _gguf_merged(job: Job, folder: Path) -> dict[str, Any]:
         pieces, job.base, job.deltas, path,
         architecture=layout.architecture, name=job.base_name, precision=precision, tell=job.progress.add,
     )  # fmt: skip
+    gguf_vocabulary.check_written(path, job.base.tokenizer)
     written = job.predicted(job.base, gguf_model.GGUFTensors(path, layout, job.base.model))
     return {
         "parity": _parity(job, written, precision, _advice(job, "F16 or F32")),

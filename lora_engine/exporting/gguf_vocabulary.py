@@ -6,6 +6,7 @@ would be other answers.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -57,6 +58,21 @@ def check(tokenizer: Any) -> None:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise AdapterError(f"the tokenizer has no tokenizer.json; {_REFUSED}")
     _splitting(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def check_written(path: Path, tokenizer: Any) -> None:
+    """Reads chat template and stop tokens from a file again.
+
+    Raises:
+        AdapterError: they are not the tokenizer's, or llama.cpp would not stop at all of them.
+    """
+    fields = gguf.GGUFReader(path).fields
+    keys = (gguf.Keys.Tokenizer.CHAT_TEMPLATE, gguf.Keys.Tokenizer.EOS_ID, gguf.Keys.Tokenizer.EOT_ID)
+    template, *ends = (fields[key].contents() if key in fields else None for key in keys)
+    if template != (tokenizer.get_chat_template() if tokenizer.chat_template else None):
+        raise AdapterError(f"{path.name}: the chat template is not the base model's")
+    if missing := chat.stop_ids(tokenizer) - set(ends):
+        raise AdapterError(f"{path.name}: llama.cpp would not stop at {sorted(missing)}")
 
 
 def _splitting(backend: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_engine.adapter import read, write
 from lora_engine.config import from_mapping
 from lora_engine.errors import SpecError
 from lora_engine.exporting.config import ExportSpec
@@ -86,6 +87,22 @@ def test_all_of_one_adapter_is_that_adapter(base: Path, tmp_path: Path, method: 
     before, after = tensors(base), tensors(tmp_path / "out")
     for module, delta in dense([item]).items():
         assert relative(after[f"{module}.weight"], before[f"{module}.weight"].double() + delta) < 1e-6
+
+
+def test_an_adapter_that_is_zero_somewhere_has_no_say_there(base: Path, tmp_path: Path) -> None:
+    """As where a loader wants all layers of a kind: SCE's energies would count it otherwise."""
+    alone = make_adapter(tmp_path / "a", base, 1, targets=["q_proj", "v_proj"])
+    other = make_adapter(tmp_path / "b", base, 2, targets=["q_proj"])
+    padded = make_adapter(tmp_path / "c", base, 2, targets=["q_proj", "v_proj"])
+    found = read(Path(padded.path))
+    for name, weights in found.weights.items():
+        weights.B[:] = read(Path(other.path)).weights[name].B if "q_proj" in name else 0
+        weights.A[:] = read(Path(other.path)).weights[name].A if "q_proj" in name else weights.A
+    write(found, Path(padded.path), lineage={})
+    for name, second in (("plain", other), ("padded", padded)):
+        merge(base, [alone, second], tmp_path / name, method="sce", density=0.5)
+    plain, got = tensors(tmp_path / "plain"), tensors(tmp_path / "padded")
+    assert all(torch.equal(plain[name], got[name]) for name in plain if "v_proj" in name)
 
 
 def test_cutoffs_over_whole_adapters_differ_from_those_of_modules(base: Path, tmp_path: Path) -> None:
