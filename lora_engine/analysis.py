@@ -177,10 +177,10 @@ def _ratio(numerator: Wide, denominator: Wide) -> Wide:
 
 
 def _plain(values: Wide) -> Any:
-    """Numbers and lists for JSON, null for NaN."""
+    """Numbers and lists for JSON, null for what is not finite."""
     if values.ndim:
         return [_plain(item) for item in values]
-    return None if np.isnan(values) else float(values)
+    return float(values) if np.isfinite(values) else None
 
 
 def _write(spec: AnalyzeSpec, report: Mapping[str, Any]) -> None:

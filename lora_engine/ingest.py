@@ -32,6 +32,8 @@ from lora_engine.safetensors_file import Entry
 from lora_engine.target_modules import last_names
 
 CERTIFICATE = "ingest.json"
+_SMALLEST_NORM = 1e-12
+_LARGEST = 1e12  # of an entry of a delta
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in which the base model may have been loaded
 
 
@@ -49,10 +51,13 @@ class _Foreign:
         tensor = torch.from_numpy(safetensors_file.read_array(self.folder / WEIGHTS, self.tensors[key]))
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{key}: values that are not finite; the training that wrote them had diverged")
+        _check_size(key, _largest(tensor))
         return tensor
 
     def factors(self, item: ModulePlan) -> LoraWeights:
-        return LoraWeights(self.read(item.keys["A"]), self.read(item.keys["B"]))
+        A, B = self.read(item.keys["A"]), self.read(item.keys["B"])
+        _check_size(item.keys["B"], abs(item.scaling) * item.rank * _largest(A) * _largest(B))
+        return LoraWeights(A, B)
 
 
 @dataclass(slots=True)
@@ -109,6 +114,16 @@ def _read(folder: Path, ingest: IngestConfig | None = None) -> _Foreign:
         raise AdapterError(f"{WEIGHTS} is missing; .bin and .pt files run code when they are read, and never are")
     tensors = safetensors_file.read_header(folder / WEIGHTS)
     return _Foreign(folder, config, tensors, plan(config, tensors, ingest))
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _check_size(key: str, size: float) -> None:
+    """Squares of what is far beyond any weight overflow in whatever is computed with it later."""
+    if size > _LARGEST:
+        raise AdapterError(f"{key}: values up to {size:.1g} in size; the training that wrote them had diverged")
 
 
 def _initial(spec: IngestSpec, foreign: _Foreign) -> _Foreign | None:
@@ -183,7 +198,7 @@ def _dora(name: str, item: ModulePlan, weights: LoraWeights, magnitude: Tensor, 
     wide = W.double()
     changed = wide + item.scaling * (weights.B.double() @ weights.A.double())
     norms = changed.norm(dim=1)
-    if not bool((norms > 0).all()):
+    if not bool((norms > _SMALLEST_NORM).all()):
         raise AdapterError(f"{name}: an output whose weights are all 0, which DoRA cannot scale")
     change: Tensor = changed * (magnitude.double() / norms)[:, None] - wide
     return change

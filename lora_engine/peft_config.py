@@ -5,7 +5,7 @@ A setting this reader does not know must be off: a key that silently changes the
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 from lora_engine.errors import AdapterError
@@ -21,6 +21,7 @@ _HANDLED = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_to_transform", "lora_alpha", "peft_type",
     "r", "rank_pattern", "target_modules", "use_rslora",
 }  # fmt: skip
+_LARGEST_ALPHA = 1_000_000
 # Initialisations that subtract the adapter's start from the base model's weights (PiSSA, arXiv 2404.02948, and kin).
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_config")
 
@@ -149,6 +150,8 @@ def _positive_int(value: Any, name: str) -> int:
 
 
 def _number(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
-        raise AdapterError(f"adapter_config.json: {name} is {str(value)[:40]}, expected a finite number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST_ALPHA:  # NaN too
+        raise AdapterError(
+            f"adapter_config.json: {name} is {str(value)[:40]}, expected a number of at most {_LARGEST_ALPHA:,} in size"
+        )
     return float(value)

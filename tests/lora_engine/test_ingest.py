@@ -318,6 +318,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "excluded": ({"exclude_modules": ["v_proj"]}, "PEFT would not load them"),
     "another layer": ({"layers_to_transform": [1]}, "PEFT would not load them"),
     "slow expression": ({"target_modules": "((a+)+)+(?=b)"}, "looks around"),
+    "alpha": ({"lora_alpha": 10**299}, "at most 1,000,000 in size"),
+    "alpha of a module": ({"alpha_pattern": {"q_proj": -1e7}}, "alpha of .*q_proj is -10000000.0"),
     "rank": ({"r": 8}, "do not have the config's rank 8"),
     "flag": ({"use_dora": "yes"}, "use_dora is 'yes'|use_dora is yes"),
     "layers": ({"layers_to_transform": ["1"]}, "must be numbers of layers"),
@@ -349,6 +351,11 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "twice": ({f"{Q}.lora_A.other.weight": torch.ones(4, 32)}, "several adapters|two of it"),
     "shape": ({f"{Q}.lora_A.weight": torch.ones(4, 33)}, r"q_proj \(32 × 33\) is 32 × 32 there"),
     "NaN": ({f"{Q}.lora_A.weight": torch.full((4, 32), float("nan"))}, r"q_proj\.lora_A\.weight: values that are not"),
+    "a delta beyond all measure": (
+        {f"{Q}.lora_A.weight": torch.full((4, 32), 1e9), f"{Q}.lora_B.weight": torch.full((32, 4), 1e9)},
+        r"lora_B\.weight: values up to 8e\+18 in size",
+    ),
+    "a factor beyond all measure": ({f"{Q}.lora_A.weight": torch.full((4, 32), 1e25)}, r"lora_A\.weight: values up to"),
     "infinite": ({f"{Q}.lora_B.weight": torch.full((32, 4), float("inf"))}, r"lora_B\.weight: values that are not"),
 }
 
