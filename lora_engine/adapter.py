@@ -91,9 +91,16 @@ def read(folder: Path) -> Adapter:
 
 
 def write(
-    adapter: Adapter, folder: Path, *, lineage: Mapping[str, Any], files: Mapping[str, str] | None = None
+    adapter: Adapter,
+    folder: Path,
+    *,
+    lineage: Mapping[str, Any],
+    files: Mapping[str, str] | None = None,
+    notes: str = "",
 ) -> None:
     """Write the `portable` form of an adapter, and `files` (texts by name) beside it; all of it appears, or nothing.
+
+    The model card ends with `notes` (Markdown).
 
     Raises:
         AdapterError: no weights, factors that do not fit each other, values that are not finite.
@@ -113,6 +120,7 @@ def write(
         target_modules=adapter.target_modules,
         lineage=lineage,
         files=files,
+        notes=notes,
     )
 
 

@@ -11,15 +11,13 @@ Same adapter, same bytes: no time stamps, keys in a fixed order.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_engine import peft_config, safetensors_file
 from lora_engine.adapter_header import CONFIG, FACTORS, LINEAGE, PREFIX, WEIGHTS, Header
 from lora_engine.errors import AdapterError
 from lora_engine.folders import published
 from lora_engine.safetensors_file import Array
-
-_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 def load_module(header: Header, module: str) -> tuple[Array, Array]:
@@ -49,7 +47,6 @@ def write(
     lineage: Mapping[str, Any],
     files: Mapping[str, str] | None = None,
     notes: str = "",
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
 ) -> None:
     """Write an adapter of one rank; all of it appears, or nothing.
 
@@ -62,7 +59,7 @@ def write(
         notes: Markdown, to end the model card with.
 
     Raises:
-        AdapterError: ranks that differ, a value that is not finite or that `dtype` cannot hold.
+        AdapterError: ranks that differ, a value that is not finite.
     """
     ranks = {rank for A, B in weights.values() for rank in (A.shape[0], B.shape[1])}
     if len(ranks) != 1:
@@ -73,7 +70,7 @@ def write(
         f"{PREFIX}{name}{key}": item for name, pair in weights.items() for key, item in zip(FACTORS, pair, strict=True)
     }
     with published(folder) as temporary:
-        safetensors_file.write(temporary / WEIGHTS, arrays, {"format": "pt"}, _DTYPES[dtype])
+        safetensors_file.write(temporary / WEIGHTS, arrays, {"format": "pt"})
         texts = {CONFIG: _dump_json(config), LINEAGE: _dump_json(dict(sorted(facts.items()))), **(files or {})}
         texts["README.md"] = _card(config) + (f"\n{notes}" if notes else "")
         for name, text in texts.items():

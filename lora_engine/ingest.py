@@ -280,5 +280,14 @@ def _write(spec: IngestSpec, foreign: _Foreign, base: BaseWeights | None, taken:
     lineage = {"method": "ingest", "source_digest": source, "ingest": to_mapping(spec.ingest)}
     certificate = {**metrics, "source_digest": source, "modules": dict(sorted(taken.modules.items()))}
     text = json.dumps(certificate, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    adapter.write(result, Path(spec.output), lineage=lineage, files={CERTIFICATE: text})
+    adapter.write(result, Path(spec.output), lineage=lineage, files={CERTIFICATE: text}, notes=_card(metrics))
     return metrics
+
+
+def _card(metrics: Mapping[str, Any]) -> str:
+    """What the model card says of it."""
+    converted, error = len(metrics["converted"]), metrics["relative_error"]
+    exact = "Every module computes what it did there, up to rounding to fp32."
+    lossy = f"{converted} modules had no form B·A and have their best one of a given rank, off by {error:.2%} at most."
+    lines = [f"It came from elsewhere; {CERTIFICATE} says what was done to it.", lossy if converted else exact]
+    return "\n".join([*lines, *(f"- {note}" for note in metrics["notes"])]) + "\n"

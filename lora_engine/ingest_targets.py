@@ -39,7 +39,8 @@ class Targets:
             return self._targets is not None
         if not _matches(self._targets, module):
             return False
-        if not self._layers or isinstance(self._targets, NamePattern):
+        # Layers are selected among what a last name stands for, neither of an expression nor of a name in full.
+        if not self._layers or isinstance(self._targets, NamePattern) or module in self._targets:
             return True
         return self._layer(module.split(".")) in self._layers
 
