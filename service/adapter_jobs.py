@@ -228,7 +228,7 @@ def submit_verification(
     def build() -> Job:
         made = adapters.get(session, owner_id, adapter_id, keep=True)
         parents = adapters.parents(session, [made.job_id]).get(made.job_id, [])
-        if made.kind != "merge":
+        if made.kind not in ("merge", "search"):
             message = f"{made.id} is not the result of a merge; there is nothing to compare it with"
             raise Invalid(message, param="adapter_id", code="not_merged")
         asked = [Source(adapter=parent.parent_id) for parent in parents]

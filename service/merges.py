@@ -7,7 +7,8 @@ taken by this process, so that a worker gets it should the process die on the wa
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -58,6 +59,25 @@ class Answer:
     new: bool
 
 
+class _Slot:
+    """The right to make a stack within the request, for the length of a `with` block."""
+
+    def __init__(self, *, usable: bool) -> None:
+        self._usable, self.held = usable, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.held:
+            _AT_ONCE.release()
+
+    def take(self) -> bool:
+        """Whether it could be had; asking again changes nothing."""
+        self.held = self.held or (self._usable and _AT_ONCE.acquire(blocking=False))
+        return self.held
+
+
 def merge(
     database: Database,
     storage: Storage,
@@ -77,31 +97,29 @@ def merge(
         if before := jobs.replayed(session, owner_id, idempotency):
             return _answer(session, before, new=False)
         found = sources.resolve(session, owner_id, request.adapters)
+        # By id from here on: an alias may move on meanwhile.
+        request = replace(request, adapters=sources.pinned(request.adapters, found))
         base = base_models.get(session, found[0].base_model_id)
         digest = _recipe_digest(request, found, base.digest)
         known = _known(session, owner_id, digest) is not None
     if not known:
         _check(storage, settings, request, found)
-    at_once = not known and _is_small(settings, request, found) and _AT_ONCE.acquire(blocking=False)
-    try:
+    with _Slot(usable=_is_small(settings, request, found)) as slot:
         with database.unit_of_work() as session:
-            build = _builder(session, owner_id, request, digest, settings.lease_seconds if at_once else None)
+            build = _builder(session, owner_id, request, digest, slot, settings.lease_seconds)
             job, created = jobs.submit(session, owner_id, build, idempotency)
-            if not created or not at_once:
+            if not created or not slot.held:
                 return _answer(session, job, new=created)
         asked = Stack(request.config, request.adapters, found)
         stacking.make(database, storage, settings, leases.taken(job), asked)
-    finally:
-        if at_once:
-            _AT_ONCE.release()
     with database.reading() as session:
         return _answer(session, session.get_one(Job, job.id), new=True)
 
 
 def _builder(
-    session: Session, owner_id: str, request: MergeRequest, digest: str, lease_seconds: float | None
+    session: Session, owner_id: str, request: MergeRequest, digest: str, slot: _Slot, lease_seconds: float
 ) -> Callable[[], Job]:
-    """What `jobs.submit` calls; with `lease_seconds` a new job is this process's own."""
+    """What `jobs.submit` calls; a new job is this process's own if there is a slot for it."""
 
     def build() -> Job:
         known = _known(session, owner_id, digest)
@@ -120,7 +138,7 @@ def _builder(
             recipe_digest=digest,
             parents=sources.lineage(request.adapters, found),
         )
-        if lease_seconds is not None:
+        if slot.take():
             leases.take(job, "the API", lease_seconds)
         return job
 

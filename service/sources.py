@@ -1,7 +1,7 @@
 """The adapters that a request names, with their weights: found, kept while it runs, and recorded as lineage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,11 @@ def distinct(found: Sequence[Adapter]) -> list[Adapter]:
     return list({adapter.id: adapter for adapter in found}.values())
 
 
+def pinned(sources: Sequence[Source], found: Sequence[Adapter]) -> list[Source]:
+    """The same by id."""
+    return [replace(source, adapter=row.id) for source, row in zip(sources, found, strict=True)]
+
+
 def lineage(sources: Sequence[Source], found: Sequence[Adapter]) -> list[AdapterParent]:
     """The rows that say what a job works on, and keep it from being deleted meanwhile."""
     return [
@@ -89,7 +94,7 @@ def lineage(sources: Sequence[Source], found: Sequence[Adapter]) -> list[Adapter
 
 def spelled(sources: Sequence[Source], found: Sequence[Adapter]) -> list[dict[str, Any]]:
     """For the job's spec: ids in the place of aliases, which may move on."""
-    return [to_mapping(source) | {"adapter": row.id} for source, row in zip(sources, found, strict=True)]
+    return [to_mapping(source) for source in pinned(sources, found)]
 
 
 def planned(config: MergeConfig, sources: Sequence[Source], found: Sequence[Adapter], folder: Path) -> Plan:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
 from service import adapters, leases, merges, stacking, sweep
 from service import storage as objects
@@ -105,6 +107,42 @@ def test_the_same_key_is_the_same_merge(site: Site, pair: list[str]) -> None:
     assert again.headers["idempotent-replayed"] == "true"
     other = merge(site, (pair[0], 3), key="once")
     assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_mismatch")
+
+
+def test_one_recipe_asked_for_many_times_at_once_is_made_once(site: Site, pair: list[str]) -> None:
+    start, answers = threading.Barrier(6), list[httpx2.Response]()
+
+    def ask(client: TestClient) -> None:
+        start.wait()
+        body = {"adapters": [{"adapter": pair[0], "weight": 1.25}, {"adapter": pair[1]}]}
+        answers.append(client.post("/adapters/merge", json=body))
+
+    threads = [threading.Thread(target=ask, args=(site.client("ann"),)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in answers).count(201) == 1
+    assert {answer.status_code for answer in answers} <= {200, 201, 202}
+    (job,) = site.ann.get("/jobs?kind=merge").json()["data"]
+    assert job["status"] == "succeeded"
+    for answer in answers:
+        told = answer.json()
+        assert told["id"] == (job["id"] if told["object"] == "job" else job["adapter"])
+
+
+def test_an_alias_that_moves_meanwhile_changes_nothing(
+    site: Site, pair: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.ann.put("/adapters/aliases/live", json={"adapter": pair[0]})
+    check = merges._check
+
+    def moved(*arguments: Any) -> None:
+        site.ann.put("/adapters/aliases/live", json={"adapter": pair[1]})
+        check(*arguments)
+
+    monkeypatch.setattr(merges, "_check", moved)
+    assert merge(site, ("live", 1)).json()["parents"] == [{"adapter": pair[0], "weight": 1}]
 
 
 def test_a_large_stack_is_a_job(site: Site, pair: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
