@@ -1,5 +1,6 @@
 """Every family of the zoo, from disk: the same bits as in memory, and merged folders that transformers loads."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lora_engine import base_model
 from lora_engine.exporting import streamed
 from lora_engine.exporting.base import open_base
 from tests.lora_engine.exporting.made import make_adapter, run
+from tests.tiny_model import make_tiny_model
 from tests.zoo import FAMILIES
 
 IDS = torch.arange(3, 40)[None].repeat(2, 1) + torch.tensor([[0], [5]])
@@ -26,6 +28,15 @@ def test_a_model_that_computes_from_disk_gives_the_same_bits(
         assert torch.equal(open_base(folder).evaluated()(IDS).logits, want)
         monkeypatch.setattr(streamed, "_BLOCK_WEIGHTS", 256)
         assert (open_base(folder).evaluated()(IDS).logits - want).abs().max() < 1e-4
+
+
+def test_an_id_for_padding_that_is_beyond_the_rows_read(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": config["vocab_size"] - 1}))
+    with torch.no_grad():
+        want = base_model.load(folder, compute_dtype="fp32").model(IDS).logits
+        assert torch.equal(open_base(folder).evaluated()(IDS).logits, want)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

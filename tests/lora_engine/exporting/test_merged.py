@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from lora_engine import base_model, generate
 from lora_engine.adapter import read
 from lora_engine.errors import AdapterError, SpecError
 from lora_engine.exporting import sums
+from lora_engine.exporting.base import open_base
 from lora_engine.exporting.config import ExportConfig
 from lora_engine.merging.config import WeightedAdapter
 from lora_engine.quantized import LAYERS
@@ -181,6 +183,23 @@ def test_a_tied_head_is_untied(base: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     assert torch.equal(model.lm_head.weight, after["lm_head.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_tied_head_that_is_stored_under_its_own_name_alone(tmp_path: Path, dtype: str) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    stored = tensors(base)
+    embedding = stored.pop("model.embed_tokens.weight")
+    save_file({**stored, "lm_head.weight": embedding}, base / "model.safetensors", {"format": "pt"})
+    item = make_adapter(tmp_path / "a", base, 1, targets=["lm_head"])
+    run(base, [item], tmp_path / "out", format="merged", dtype=dtype)
+    after = tensors(tmp_path / "out")
+    assert torch.equal(after["model.embed_tokens.weight"], embedding.to(after["lm_head.weight"].dtype))
+    tolerance = 1e-7 if dtype == "fp32" else 3e-3
+    assert relative(after["lm_head.weight"], embedding.double() + dense([item])["lm_head"]) < tolerance
+    with torch.no_grad():
+        want = base_model.load(base, compute_dtype="fp32").model(IDS).logits
+    assert torch.equal(open_base(base).evaluated()(IDS).logits, want)
 
 
 def test_gpt2_weights_lie_the_other_way_round(tmp_path: Path) -> None:
