@@ -83,7 +83,7 @@ def ingest(spec: IngestSpec, tell: Callable[[int, int], None] | None = None) -> 
     base = None if spec.base_model is None else BaseWeights(Path(spec.base_model))
     initial = _initial(spec, foreign)
     _check_base(foreign.plan, base)
-    taken = _Taken(notes=list(foreign.plan.notes))
+    taken = _Taken(notes=[*foreign.plan.notes, *_notes(spec, foreign)])
     total = len(foreign.plan.modules) + len(foreign.plan.whole)
     for done, (name, item) in enumerate(foreign.plan.modules.items()):
         _tell(tell, done, total)
@@ -96,6 +96,16 @@ def ingest(spec: IngestSpec, tell: Callable[[int, int], None] | None = None) -> 
     metrics = _write(spec, foreign, base, taken)
     _tell(tell, total, total)
     return metrics
+
+
+def _notes(spec: IngestSpec, foreign: _Foreign) -> list[str]:
+    """What nothing in the files can settle."""
+    notes, named = [], foreign.plan.settings.base_model_name
+    if spec.base_model_name and named and named != spec.base_model_name:
+        notes.append(f"its config names {named[:200]} as the base model; it was taken in for {spec.base_model_name}")
+    if foreign.config.get("use_dora"):
+        notes.append("DoRA was converted against the base model's original weights, not quantised ones")
+    return notes
 
 
 def _tell(tell: Callable[[int, int], None] | None, done: int, total: int) -> None:

@@ -109,6 +109,7 @@ def test_what_is_b_times_a_is_taken_in_exactly(case: str, base: Path, tmp_path: 
     torch.testing.assert_close(logits(base, output), expected, rtol=1e-5, atol=1e-5)
     assert (certificate["relative_error"], certificate["converted"]) == (0, [])
     assert {item["how"] for item in certificate["modules"].values()} == {"exact"}
+    assert certificate["notes"] == [f"its config names {base} as the base model; it was taken in for org/base"]
     assert "Every module computes what it did there" in (output / "README.md").read_text()
     found = adapter.read(output)
     assert (found.base_digest, found.base_model_name) == ("d" * 64, "org/base")
@@ -177,6 +178,7 @@ def test_dora_at_full_rank_is_exact(rslora: bool, base: Path, tmp_path: Path) ->
     torch.testing.assert_close(logits(base, output), logits(base, source), rtol=1e-4, atol=1e-4)
     assert certificate["relative_error"] < 1e-6
     assert len(certificate["converted"]) == 6
+    assert certificate["notes"] == ["DoRA was converted against the base model's original weights, not quantised ones"]
     assert "6 modules had no form B·A" in (output / "README.md").read_text()
 
 
