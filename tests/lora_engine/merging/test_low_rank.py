@@ -3,6 +3,7 @@
 import json
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_engine.errors import SpecError
-from lora_engine.merging.low_rank import decompose
+from lora_engine.merging.low_rank import decompose, ranks_within
 from tests.lora_engine.merging.adapters import DOWN0, SHAPES, Drawn, best, certificate, dense, merge_of, weighted_sum
 
 THREE = [(Drawn(seed=1, alpha=1.0), 1.0), (Drawn(seed=2, rslora=True), -1.2), (Drawn(seed=3, rank=2), 0.1)]
@@ -60,13 +61,18 @@ def padded() -> tuple[Any, Any]:
     return B, A
 
 
-def two_versions() -> tuple[Any, Any]:
-    """What differs between them is a thousandth of either."""
+def two_versions(apart: float = 1e-3) -> tuple[Any, Any]:
+    """What differs between them is so much of either."""
     B, A = random(0, 40, 4), random(1, 4, 30)
-    return np.concatenate([B, -(B + 1e-3 * random(2, 40, 4))], axis=1), np.concatenate([A, A + 1e-3 * random(3, 4, 30)])
+    later = (B + apart * random(2, 40, 4)).astype(np.float32), (A + apart * random(3, 4, 30)).astype(np.float32)
+    return np.concatenate([B, -later[0]], axis=1), np.concatenate([A, later[1]])
 
 
-@pytest.mark.parametrize("make", [nearly_dependent, unlike_lengths, padded, two_versions])
+def nearly_the_same() -> tuple[Any, Any]:
+    return two_versions(3e-6)
+
+
+@pytest.mark.parametrize("make", [nearly_dependent, unlike_lengths, padded, two_versions, nearly_the_same])
 def test_bad_conditions(make: Any) -> None:
     B, A = make()
     found = decompose(B, A, np.ones(8))
@@ -126,6 +132,14 @@ def test_bytes_go_where_they_keep_most(budget: int, tmp_path: Path) -> None:
     for name in found:
         value = weighted_sum(THREE)[name]
         assert np.linalg.norm(found[name] - best(value, ranks[name])) <= 1e-5 * np.linalg.norm(value)
+
+
+def test_what_is_kept_is_counted_in_squares() -> None:
+    """169 for 40 numbers is better than 100 for 28, though 13 for 40 is not better than 10 for 28."""
+    shapes = {"cheap": SimpleNamespace(inputs=16, outputs=12), "dear": SimpleNamespace(inputs=24, outputs=16)}
+    config = SimpleNamespace(max_bytes=4 * 40 + 400, options={"dtype": "fp32"})
+    plan: Any = SimpleNamespace(config=config, modules=shapes)
+    assert ranks_within(plan, {"cheap": np.array([10.0]), "dear": np.array([13.0])}) == {"cheap": 0, "dear": 1}
 
 
 def test_a_budget_for_nothing_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_engine import safetensors_file
+from lora_engine.adapter_header import WEIGHTS
 from lora_engine.errors import SpecError
+from lora_engine.merging.config import MergeSpec, WeightedAdapter
+from lora_engine.merging.merge import merge
 from tests.lora_engine.merging.adapters import SHAPES, Drawn, dense, merge_of
 
 FIRST = Drawn(seed=1, rank=3)
@@ -39,6 +43,25 @@ def test_what_lies_in_the_subspace_is_gone(subspace: str, tmp_path: Path) -> Non
         assert np.linalg.norm(found[module] - expected) <= 1e-6 * np.linalg.norm(D)
     assert metrics["rank"] == (8 if subspace == "span" else 3)
     assert metrics["certificate"]["frobenius"] <= 1e-6
+
+
+def test_a_column_that_reaches_nothing_is_in_no_subspace(tmp_path: Path) -> None:
+    """B's last column meets a row of zeros in A: it is no column of B·A."""
+    other = Drawn(seed=2, rank=2).write(tmp_path / "other")
+    path = other / WEIGHTS
+    arrays = {
+        name: safetensors_file.read_array(path, item) for name, item in safetensors_file.read_header(path).items()
+    }
+    for name, array in arrays.items():
+        if "lora_A" in name:
+            array[-1] = 0
+    safetensors_file.write(path, arrays, {})
+    sources = [WeightedAdapter(path=str(folder)) for folder in (FIRST.write(tmp_path / "first"), other)]
+    merge(MergeSpec(adapters=sources, output=str(tmp_path / "out"), method="project_out", subspace="column"))
+    for module, (_, B) in Drawn(seed=2, rank=2).factors().items():
+        found, before = dense(tmp_path / "out")[module], FIRST.deltas()[module]
+        gone = B[:, 0].astype(float) / np.linalg.norm(B[:, 0])
+        np.testing.assert_allclose(found, before - np.outer(gone, gone @ before), atol=1e-5)
 
 
 def test_modules_that_the_others_lack_stay_as_they_are(tmp_path: Path) -> None:

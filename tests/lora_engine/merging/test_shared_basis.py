@@ -56,6 +56,17 @@ def test_knots_is_the_singular_value_decomposition_of_the_deltas_side_by_side(tm
     np.testing.assert_allclose(shared.X * signs[:, None], blocks, atol=1e-11)
 
 
+@pytest.mark.parametrize("basis", ["knots", "core"])
+def test_directions_that_hold_nothing_are_left_out(basis: str, tmp_path: Path) -> None:
+    """They would count as entries of which a share is kept."""
+    twins = [Drawn(seed=1).write(tmp_path / "1"), Drawn(seed=1, alpha=3.0).write(tmp_path / "2")]
+    spec = MergeSpec(adapters=[WeightedAdapter(path=str(path)) for path in twins], output="none", method="ties")
+    planning = plan(spec, read(spec))
+    shared = share(load(Q0, planning.modules[Q0]), basis)
+    assert planning.modules[Q0].rank == 8
+    assert shared.X.shape[:2] == (2, 4)
+
+
 def dense_knots(deltas: list[Wide], weights: list[float]) -> Wide:
     U, S, Vt = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
     kept = 1e-10 * S[0] < S
