@@ -14,10 +14,13 @@ from lora_engine.fields import bounded, bounded_values, to_mapping
 from lora_engine.merging.config import MAX_WEIGHT, ExtractConfig, MergeConfig, WeightedAdapter
 from lora_engine.weight_search_config import SearchConfig
 from service import adapters, base_models, datasets, jobs, sources
+from service.db import Database
 from service.errors import Invalid
 from service.jobs import Idempotency
 from service.models import Adapter, AdapterParent, Job
+from service.settings import Settings
 from service.sources import Source
+from service.storage import Storage
 
 T = TypeVar("T")
 
@@ -107,6 +110,31 @@ class ExtractRequest(ExtractConfig):
         jobs.check_name(self.name)
 
 
+def check(
+    database: Database,
+    storage: Storage,
+    settings: Settings,
+    owner_id: str,
+    named: Sequence[Source],
+    config: MergeConfig,
+    idempotency: Idempotency | None = None,
+    *,
+    param: str = "adapters",
+    first: int = 0,
+) -> None:
+    """What the headers of the adapters tell about a request, before it is submitted; nothing if it was before.
+
+    Raises:
+        NotFound, Invalid: an adapter is not the owner's, or they are on different base models.
+        SpecError, AdapterError: they cannot be put together so.
+    """
+    with database.reading() as session:
+        if jobs.replayed(session, owner_id, idempotency):
+            return
+        found = sources.resolve(session, owner_id, named, param=param, first=first)
+    sources.check_headers(storage, settings, config, named, found)
+
+
 def submit_export(
     session: Session, owner_id: str, adapter_id: str, request: ExportRequest, idempotency: Idempotency | None = None
 ) -> tuple[Job, bool]:
@@ -118,7 +146,7 @@ def submit_export(
 
     def build() -> Job:
         first = adapters.get(session, owner_id, adapter_id, keep=True)
-        asked = [Source(adapter=first.id, weight=request.weight, weights=request.weights), *request.others]
+        asked = export_sources(first.id, request)
         found = sources.resolve(session, owner_id, asked, keep=True, param="others", first=-1)
         return Job(
             kind="export",
@@ -243,6 +271,11 @@ def submit_verification(
         )
 
     return jobs.submit(session, owner_id, build, idempotency)
+
+
+def export_sources(adapter_id: str, request: ExportRequest) -> list[Source]:
+    """The adapter of the path, then the others."""
+    return [Source(adapter=adapter_id, weight=request.weight, weights=request.weights), *request.others]
 
 
 def _part(cls: type[T], request: Any) -> T:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from lora_engine.merging import recipe
 from lora_engine.merging.config import MergeConfig, check_count
-from service import adapters, base_models, jobs, leases, scratch, sources, stacking
+from service import adapters, base_models, jobs, leases, sources, stacking
 from service.db import Database
 from service.jobs import Idempotency
 from service.models import UNDER_WAY, Adapter, Job
@@ -103,7 +103,7 @@ def merge(
         digest = _recipe_digest(request, found, base.digest)
         known = _known(session, owner_id, digest) is not None
     if not known:
-        _check(storage, settings, request, found)
+        sources.check_headers(storage, settings, request.config, request.adapters, found)
     with _Slot(usable=_is_small(settings, request, found)) as slot:
         with database.unit_of_work() as session:
             build = _builder(session, owner_id, request, digest, slot, settings.lease_seconds)
@@ -164,14 +164,6 @@ def _recipe_digest(request: MergeRequest, found: Sequence[Adapter], base_digest:
 def _is_small(settings: Settings, request: MergeRequest, found: Sequence[Adapter]) -> bool:
     size = sum(file["size"] for adapter in sources.distinct(found) for file in adapter.files)
     return request.method == "stack" and size <= settings.max_merge_in_request_bytes
-
-
-def _check(storage: Storage, settings: Settings, request: MergeRequest, found: Sequence[Adapter]) -> None:
-    """Everything that a merge can be refused for, from configs and headers."""
-    with scratch.folder(settings) as folder:
-        for adapter in sources.distinct(found):
-            adapters.fetch_headers(storage, adapter, folder / adapter.id)
-        sources.planned(request.config, request.adapters, found, folder)
 
 
 def _answer(session: Session, job: Job, *, new: bool) -> Answer:

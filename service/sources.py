@@ -9,13 +9,15 @@ from sqlalchemy.orm import Session
 
 from lora_engine.adapter_header import inspect
 from lora_engine.errors import SpecError
-from lora_engine.fields import bounded, bounded_values, to_mapping
+from lora_engine.fields import MAX_NAMES, bounded, bounded_values, to_mapping
 from lora_engine.merging.config import MAX_WEIGHT, MergeConfig
 from lora_engine.merging.sources import Plan, plan
 from lora_engine.merging.sources import Source as MergeSource
-from service import adapters
+from service import adapters, scratch
 from service.errors import Invalid, NotFound
 from service.models import Adapter, AdapterParent
+from service.settings import Settings
+from service.storage import Storage
 
 MAX_SOURCES = 64
 
@@ -43,6 +45,8 @@ def check(sources: Sequence[Source], limit: int = MAX_SOURCES) -> None:
     """Raises SpecError for none or too many."""
     if not 1 <= len(sources) <= limit:
         raise SpecError(f"adapters: expected between 1 and {limit} adapters", field="adapters")
+    if sum(len(source.weights) for source in sources) > MAX_NAMES:
+        raise SpecError(f"adapters: expected at most {MAX_NAMES} entries of weights in all", field="adapters")
 
 
 def resolve(
@@ -56,14 +60,20 @@ def resolve(
 ) -> list[Adapter]:
     """The adapters, in this order; with `keep` nobody deletes them before this transaction ends.
 
-    `param` and `first` say what the request calls them: "adapters[0]" is the first one.
+    `param` and `first` say what the request calls them: "adapters[0]" is the first one. A negative number is that of
+    the adapter in the request's path.
 
     Raises:
         NotFound: one of them is not the owner's.
         Invalid: they are on different base models.
     """
     named = enumerate(sources, first)
-    found = [_named(session, owner_id, source.adapter, f"{param}[{index}]", keep) for index, source in named]
+    found = [
+        adapters.get(session, owner_id, source.adapter, keep=keep)
+        if index < 0
+        else _named(session, owner_id, source.adapter, f"{param}[{index}]", keep)
+        for index, source in named
+    ]
     for adapter in found:
         if adapter.base_model_id != found[0].base_model_id:
             raise Invalid(
@@ -95,6 +105,21 @@ def lineage(sources: Sequence[Source], found: Sequence[Adapter]) -> list[Adapter
 def spelled(sources: Sequence[Source], found: Sequence[Adapter]) -> list[dict[str, Any]]:
     """For the job's spec: ids in the place of aliases, which may move on."""
     return [to_mapping(source) for source in pinned(sources, found)]
+
+
+def check_headers(
+    storage: Storage, settings: Settings, config: MergeConfig, sources: Sequence[Source], found: Sequence[Adapter]
+) -> None:
+    """Everything that putting them together can be refused for, before a tensor moves.
+
+    Raises:
+        SpecError, AdapterError: what cannot be.
+        ObjectMissing, ObjectDamaged: a file could not be had.
+    """
+    with scratch.folder(settings) as folder:
+        for adapter in distinct(found):
+            adapters.fetch_headers(storage, adapter, folder / adapter.id)
+        planned(config, sources, found, folder)
 
 
 def planned(config: MergeConfig, sources: Sequence[Source], found: Sequence[Adapter], folder: Path) -> Plan:

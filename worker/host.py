@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 
-from lora_engine.errors import BaseModelError, EngineError, OutOfMemory
+from lora_engine.errors import AdapterError, BaseModelError, EngineError, OutOfMemory
 from worker import exporting, merging, training
 from worker.channel import HostChannel, News
 from worker.telling import Stopped
@@ -62,6 +63,10 @@ def _carry_out(order: News, channel: HostChannel, warm: WarmBase) -> None:
     except (MemoryError, torch.OutOfMemoryError):
         log.exception("order %s", order.event)
         channel.send("failed", **_reason(OutOfMemory(_NO_MEMORY if order.event == "train" else "memory ran out")))
+    except (numpy.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        log.exception("order %s", order.event)
+        message = "the numbers of the adapters are beyond what can be computed with; look for huge or tiny weights"
+        channel.send("failed", **_reason(AdapterError(message)))
     except (OSError, SafetensorError) as error:
         log.exception("order %s", order.event)
         if order.event != "train" and getattr(error, "errno", None) in _FULL:

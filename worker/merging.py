@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_engine import ingest as engine_ingest
 from lora_engine import weight_search
+from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.fields import from_mapping
 from lora_engine.ingest_config import IngestSpec
 from lora_engine.merging import extract as engine_extract
@@ -40,7 +41,10 @@ def extract(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None
     for base in (order["base"], order["tuned"]):
         verified(base, channel)
     channel.send("phase", phase="extracting")
-    metrics = engine_extract.extract(spec, teller(channel))
+    try:
+        metrics = engine_extract.extract(spec, teller(channel))
+    except BaseModelError as error:  # their files are as pinned: they are not two of one kind, which is the request's
+        raise AdapterError(error.message) from None
     channel.send("finished", **adapter_result(Path(spec.output), metrics))
 
 

@@ -60,6 +60,7 @@ def _export(database: Database, storage: Storage, claim: Claim, folder: Path) ->
         "output": str(folder / "result"),
         "export": job.spec["export"],
         "merge": job.spec["merge"],
+        "base_digest": base.digest,  # the host verifies it before
     }
     return {"spec": spec, "base": _pinned(base)}
 

@@ -36,6 +36,7 @@ class Supervisor:
         self._busy = threading.Lock()
         self._drain = threading.Event()
         self._failures = 0
+        self._last_failed: str | None = None
         self._pause_until = 0.0
         self._poller = threading.Thread(target=self._poll, name="poll", daemon=True)
 
@@ -68,10 +69,16 @@ class Supervisor:
                     return
                 log.info("%s: %s, epoch %d", claim.job_id, claim.kind, claim.epoch)
                 attempt = Attempt(claim, self._settings, self._database, self._storage, host, self._drain)
-                self._heed(run_job(attempt))
+                self._heed(claim.job_id, run_job(attempt))
 
-    def _heed(self, in_order: bool) -> None:
-        """A worker that keeps failing must not draw in every job of the queue: it pauses, longer each time."""
+    def _heed(self, job_id: str, in_order: bool) -> None:
+        """A worker that keeps failing must not draw in every job of the queue: it pauses, longer each time.
+
+        One job that fails again and again says more about the job than about the worker, and counts once.
+        """
+        if not in_order and job_id == self._last_failed:
+            return
+        self._last_failed = None if in_order else job_id
         self._failures = 0 if in_order else self._failures + 1
         if self._failures > _TOLERATED_FAILURES:
             pause = min(_PAUSE_SECONDS * 2 ** (self._failures - _TOLERATED_FAILURES), _MAX_PAUSE_SECONDS)

@@ -1,7 +1,10 @@
 """Work on adapters, as jobs: analyses, searches for weights, extractions, exports, verifications."""
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Response
 
+from lora_engine.merging.config import MergeConfig
 from service import adapter_jobs, schema_examples, schemas
 from service.api.errors import documented
 from service.api.jobs import submitted
@@ -10,11 +13,15 @@ from service.api.request import (
     IdempotencyHeader,
     Inside,
     JsonBody,
+    Parts,
     PathBody,
     body_schema,
     idempotency,
     parse,
 )
+from service.jobs import Idempotency
+from service.sources import Source
+from service.users import Principal
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 _REFUSALS = documented(400, 404, 409, 413, 415, 422)
@@ -33,8 +40,10 @@ def analyze_adapters(
     """Queue a report on how adapters would interfere in a merge: angles between them in all and by layer, norms, sign
     conflicts and what TIES would lose. Its artifact has `report.json`, and heat maps as PNG and SVG."""
     request = parse(adapter_jobs.AnalyzeRequest, body)
+    known = idempotency(body, key)
+    _check(parts, caller, request.adapters, known)
     with parts.database.unit_of_work() as session:
-        result = adapter_jobs.submit_analysis(session, caller.user_id, request, idempotency(body, key))
+        result = adapter_jobs.submit_analysis(session, caller.user_id, request, known)
         return submitted(session, result, response)
 
 
@@ -52,8 +61,10 @@ def search_weights(
     is that stack; its metrics compare the best single adapter, equal weights and the weights that were found, on
     examples that nothing was chosen by."""
     request = parse(adapter_jobs.SearchRequest, body)
+    known = idempotency(body, key)
+    _check(parts, caller, [Source(adapter=adapter) for adapter in request.adapters], known)
     with parts.database.unit_of_work() as session:
-        result = adapter_jobs.submit_search(session, caller.user_id, request, idempotency(body, key))
+        result = adapter_jobs.submit_search(session, caller.user_id, request, known)
         return submitted(session, result, response)
 
 
@@ -93,8 +104,12 @@ def export_adapter(
     artifact is loaded again from its files and compared with base model and adapter as they were trained; where they
     differ by more than the limit, the job fails and says by how much."""
     request = parse(adapter_jobs.ExportRequest, body)
+    known = idempotency(body, key)
+    named = adapter_jobs.export_sources(adapter_id, request)
+    inside = (parts.database, parts.storage, parts.settings)
+    adapter_jobs.check(*inside, caller.user_id, named, request.merge, known, param="others", first=-1)
     with parts.database.unit_of_work() as session:
-        result = adapter_jobs.submit_export(session, caller.user_id, adapter_id, request, idempotency(body, key))
+        result = adapter_jobs.submit_export(session, caller.user_id, adapter_id, request, known)
         return submitted(session, result, response)
 
 
@@ -113,3 +128,9 @@ def verify_adapter(
     with parts.database.unit_of_work() as session:
         result = adapter_jobs.submit_verification(session, caller.user_id, adapter_id, idempotency(body, key))
         return submitted(session, result, response)
+
+
+def _check(parts: Parts, caller: Principal, named: Sequence[Source], known: Idempotency | None) -> None:
+    """That they can be stacked."""
+    inside = (parts.database, parts.storage, parts.settings)
+    adapter_jobs.check(*inside, caller.user_id, named, MergeConfig(), known)

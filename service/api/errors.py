@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from lora_engine.errors import EngineError
 from service import schemas
 from service.errors import Invalid, NoSpace, ServiceError, Unavailable
-from service.storage import ObjectMissing
+from service.storage import ObjectDamaged, ObjectMissing
 
 log = logging.getLogger(__name__)
 _TYPES = {"user": "invalid_request_error", "platform": "server_error", "capacity": "capacity_error"}
@@ -52,6 +52,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, _client_gone)
     app.add_exception_handler(OSError, _os_error)
     app.add_exception_handler(ObjectMissing, _object_missing)
+    app.add_exception_handler(ObjectDamaged, _object_missing)
     for kind in (OperationalError, InterfaceError, PoolTimeout):
         app.add_exception_handler(kind, _database_error)
 
@@ -100,5 +101,5 @@ def _os_error(_: Request, error: Any) -> Response:
 
 
 def _object_missing(_: Request, error: Exception) -> Response:
-    log.error("a row has no object: %s", error)
-    return answer(Unavailable("the file is missing from the object store", code="object_missing"))
+    log.error("a row has no sound object: %r", error)
+    return answer(Unavailable("the file is missing from the object store, or damaged", code="object_missing"))

@@ -115,8 +115,24 @@ async def _read_json(request: Request) -> Body:
         raise Invalid(f"the body: {error}", code="invalid_json") from None
     except strict_json.StrictJSONError as error:
         raise Malformed(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    canonical = json.dumps([request.url.path, values], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    canonical = json.dumps(
+        [request.url.path, _ordered(values)], sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    )
     return Body(values, hashlib.sha256(canonical.encode()).hexdigest())
+
+
+def _ordered(values: Any) -> Any:
+    """Patterns as lists of pairs: of several that fit, the last one counts, so that their order is part of the body."""
+    if isinstance(values, list):
+        return [_ordered(item) for item in values]
+    if not isinstance(values, dict):
+        return values
+    pairs = {name: list(item.items()) for name, item in values.items() if _is_pattern(name) and isinstance(item, dict)}
+    return {name: pairs.get(name) or _ordered(item) for name, item in values.items()}
+
+
+def _is_pattern(name: str) -> bool:
+    return name == "weights" or name.endswith("_pattern")
 
 
 JsonBody = Annotated[Body, Depends(_read_json)]

@@ -8,7 +8,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 from sqlalchemy import update
 
 from lora_engine import base_files
@@ -206,6 +208,25 @@ def test_a_full_disk_fails_the_job_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         host._carry_out(News(verb, {}), channel, WarmBase("cpu", 0))  # type: ignore[arg-type]
         assert [news.event for news in channel.sent] == [event]
     assert channel.sent[0].data["code"] == "io_error"
+
+
+@pytest.mark.parametrize("error", [numpy.linalg.LinAlgError("SVD did not converge"), torch.linalg.LinAlgError("no")])
+def test_numbers_beyond_computing_fail_the_job(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(host._VERBS, "merge", fail)
+    channel = _Channel()
+    host._carry_out(News("merge", {}), channel, WarmBase("cpu", 0))  # type: ignore[arg-type]
+    assert (channel.sent[0].event, channel.sent[0].data["category"]) == ("failed", "user")
+
+
+def test_one_job_that_keeps_failing_does_not_stop_the_worker(bench: Bench) -> None:
+    for _ in range(5):
+        bench.supervisor._heed("job-1", False)
+    assert (bench.supervisor._failures, bench.supervisor._pause_until) == (1, 0.0)
+    bench.supervisor._heed("job-2", True)
+    assert bench.supervisor._failures == 0
 
 
 def test_an_altered_base_model_is_not_exported(bench: Bench, pair: list[Adapter], tmp_path: Path) -> None:

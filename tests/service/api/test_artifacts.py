@@ -120,6 +120,26 @@ def test_an_export_that_cannot_be_is_refused_by_field(shared_site: Site, body: d
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param), answer.text
 
 
+UNFIT: list[tuple[str, dict[str, Any], str]] = [
+    ("export", {"weight": 0}, "weight"),
+    ("export", {"weights": {"nope_proj": 1}}, "nope_proj"),
+    ("analyze", {"weight": 0}, "weight"),
+]
+
+
+@pytest.mark.parametrize(("verb", "fields", "word"), UNFIT)
+def test_what_headers_tell_is_refused_at_once(
+    sqlite_site: Site, tmp_path: Path, verb: str, fields: dict[str, Any], word: str
+) -> None:
+    adapter = sqlite_site.adapter(tmp_path)
+    path, body = f"/adapters/{adapter}/export", fields
+    if verb == "analyze":
+        path, body = "/adapters/analyze", {"adapters": [{"adapter": adapter, **fields}]}
+    answer = sqlite_site.ann.post(path, json=body)
+    assert (answer.status_code, word in answer.json()["error"]["message"]) == (422, True), answer.text
+    assert sqlite_site.ann.get(f"/jobs?kind={verb}").json()["data"] == []
+
+
 def test_others_must_be_ones_own(site: Site, tmp_path: Path) -> None:
     adapter = site.adapter(tmp_path)
     answer = site.ann.post(f"/adapters/{adapter}/export", json={"others": [{"adapter": "adapter-1"}]})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from service import adapters, leases, merges, stacking, sweep
+from service import adapters, leases, merges, sources, stacking, sweep
 from service import storage as objects
 from service.errors import NoSpace, Unavailable
 from service.models import Adapter
@@ -135,14 +135,36 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(
     site: Site, pair: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.ann.put("/adapters/aliases/live", json={"adapter": pair[0]})
-    check = merges._check
+    check = sources.check_headers
 
     def moved(*arguments: Any) -> None:
         site.ann.put("/adapters/aliases/live", json={"adapter": pair[1]})
         check(*arguments)
 
-    monkeypatch.setattr(merges, "_check", moved)
+    monkeypatch.setattr(sources, "check_headers", moved)
     assert merge(site, ("live", 1)).json()["parents"] == [{"adapter": pair[0], "weight": 1}]
+
+
+def test_the_order_of_patterns_is_part_of_the_request(site: Site, pair: list[str]) -> None:
+    orders = [{"*": 0.5, "q_proj": 1}, {"q_proj": 1, "*": 0.5}]
+    answers = [
+        site.ann.post(
+            "/adapters/merge",
+            json={"adapters": [{"adapter": pair[0], "weights": weights}]},
+            headers={"Idempotency-Key": "k"},
+        )
+        for weights in orders
+    ]
+    assert [answer.status_code for answer in answers] == [201, 422]
+    assert answers[1].json()["error"]["code"] == "idempotency_mismatch"
+
+
+def test_a_damaged_config_is_our_fault(sqlite_site: Site, tmp_path: Path) -> None:
+    adapter = sqlite_site.adapter(tmp_path)
+    (key,) = (key for key in sqlite_site.storage.keys("adapters") if key.endswith("adapter_config.json"))
+    (sqlite_site.settings.data_dir / "objects" / key).write_bytes(b"{}")
+    answer = merge(sqlite_site, (adapter, 1))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "object_missing")
 
 
 def test_a_large_stack_is_a_job(site: Site, pair: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +205,7 @@ MERGES: list[tuple[Any, int, str | None]] = [
     ({"adapters": [{"adapter": "adapter-1", "weights": {"(a+)+$": 1}}]}, 422, "adapters[0].weights"),
     ({"adapters": [{"adapter": "adapter-1", "path": "/etc"}]}, 422, "adapters[0].path"),
     ({"adapters": [{"adapter": "adapter-1"}] * 65}, 422, "adapters"),
+    ({"adapters": [{"adapter": "a", "weights": {f"m{i}": 1 for i in range(600)}}] * 2}, 422, "adapters"),
     ({"adapters": [{"adapter": "adapter-1"}], "method": "average"}, 422, "method"),
     ({"adapters": [{"adapter": "adapter-1"}], "density": 0.5}, 422, "density"),
     ({"adapters": [{"adapter": "adapter-1"}], "method": "ties", "density": 2}, 422, "density"),
@@ -233,11 +256,11 @@ def test_what_cannot_be_merged_is_told_from_headers(
 
     monkeypatch.setattr(type(sqlite_site.storage), "read", counted)
     weights = asked.get("weights", (1, 1))
-    sources = [{"adapter": adapter, "weight": weight} for adapter, weight in zip(pair, weights, strict=True)]
+    named = [{"adapter": adapter, "weight": weight} for adapter, weight in zip(pair, weights, strict=True)]
     if "patterns" in asked:
-        sources[1]["weights"] = asked["patterns"]
+        named[1]["weights"] = asked["patterns"]
     for method in ("stack", "linear"):
-        answer = sqlite_site.ann.post("/adapters/merge", json={"adapters": sources, "method": method})
+        answer = sqlite_site.ann.post("/adapters/merge", json={"adapters": named, "method": method})
         error = answer.json()["error"]
         assert (answer.status_code, error["category"]) == (422, "user"), answer.text
         assert all(word.lower() in error["message"].lower() for word in words), error["message"]
