@@ -287,7 +287,9 @@ def _write(spec: IngestSpec, foreign: _Foreign, base: BaseWeights | None, taken:
         "notes": taken.notes,
     }
     source = digest(foreign.folder)
-    lineage = {"method": "ingest", "source_digest": source, "ingest": to_mapping(spec.ingest)}
+    lineage: dict[str, Any] = {"method": "ingest", "source_digest": source, "ingest": to_mapping(spec.ingest)}
+    if spec.ingest.quantization is not None:
+        lineage["training"] = {"quantization": spec.ingest.quantization}
     certificate = {**metrics, "source_digest": source, "modules": dict(sorted(taken.modules.items()))}
     text = json.dumps(certificate, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     adapter.write(result, Path(spec.output), lineage=lineage, files={CERTIFICATE: text}, notes=_card(metrics))

@@ -4,10 +4,11 @@
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lora_engine.config import MAX_STACK_RANK
 from lora_engine.errors import SpecError
-from lora_engine.fields import bounded
+from lora_engine.fields import bounded, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +18,20 @@ class IngestConfig:
     Attributes:
         rank: of the best low-rank form of DoRA and of whole modules (`modules_to_save`); left out, both are refused.
         max_error: the largest relative error ‖Δ − B·A‖/‖Δ‖ (Frobenius) that such a form may have in any module.
+        quantization: what the base model's weights were quantised to while the adapter was trained (QLoRA), where that
+            is known: an export into the base model goes by it.
     """
 
     rank: int | None = None
     max_error: float = 0.1
+    quantization: Literal["none", "nf4", "int8"] | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
             bounded(self, "rank", 1, MAX_STACK_RANK)
         bounded(self, "max_error", 0, 1)
+        if self.quantization is not None:
+            one_of(self, "quantization", ("none", "nf4", "int8"))
 
 
 @dataclass(frozen=True, kw_only=True)

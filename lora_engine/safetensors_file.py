@@ -30,6 +30,8 @@ MAX_NAME_LENGTH = 512
 _MAX_DIMENSIONS = 8
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
+# Lists, objects and numbers take many times the memory of their text: what no header has is not parsed.
+_MOST = ((b"[", 2 * MAX_TENSORS + 100), (b"{", MAX_TENSORS + 100), (b",", (_MAX_DIMENSIONS + 4) * MAX_TENSORS + 100))
 # Bits of one element. The order is the format's: the package writes the last kinds first, and equal kinds by name.
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -95,8 +97,12 @@ def header_of(first_bytes: bytes, file_size: int) -> dict[str, Entry]:
     offset = data_offset(first_bytes, file_size)
     if len(first_bytes) < offset:
         raise AdapterError(f"the header takes {offset} bytes, only {len(first_bytes)} were read: the file is torn")
+    text = first_bytes[_LENGTH_BYTES:offset]
+    for character, most in _MOST:
+        if text.count(character) > most:
+            raise AdapterError(f"the header has more {character.decode()} than {MAX_TENSORS} tensors have")
     try:
-        header = strict_json.loads(first_bytes[_LENGTH_BYTES:offset])
+        header = strict_json.loads(text)
     except strict_json.StrictJSONError as error:
         raise AdapterError(f"the header is not JSON: {error}") from None
     if not isinstance(header, dict):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from lora_engine import adapter
+from lora_engine import adapter, analysis_subspaces
 from lora_engine.adapter import Adapter, LoraWeights
 from lora_engine.analysis import analyze
 from lora_engine.analysis_config import AnalyzeConfig, AnalyzeSpec
 from lora_engine.errors import AdapterError, SpecError
 from lora_engine.fields import from_mapping
 from lora_engine.merging.config import WeightedAdapter
+from lora_engine.merging.factors import Factors
 from tests.lora_engine import peft_adapters
 from tests.lora_engine.merging.adapters import SHAPES, Drawn
 from tests.tiny_model import make_tiny_gpt2, make_tiny_model
@@ -87,6 +88,19 @@ def test_principal_angles_are_those_between_the_spaces_of_the_dense_deltas(repor
                 assert {key: angles[key] for key in expected} == pytest.approx(expected, abs=1e-5)
 
 
+def test_directions_that_change_nothing_have_no_angles() -> None:
+    random = np.random.default_rng(0)
+    B, A = random.standard_normal((9, 4)), random.standard_normal((4, 7))
+    B[:, 1] = B[:, 0]
+    A[2] = A[3] = 0
+    found = analysis_subspaces.spaces(Factors(B, A, np.ones(4)), slice(0, 4))
+    left, values, right = np.linalg.svd(B @ A)
+    rank = int((values > 1e-9).sum())
+    assert rank == found.columns.shape[1] == found.rows.shape[1] == 1
+    assert analysis_subspaces.angles(found.columns, left[:, :rank]) == pytest.approx([0], abs=1e-6)
+    assert analysis_subspaces.angles(found.rows, right[:rank].T) == pytest.approx([0], abs=1e-6)
+
+
 def test_signs_and_losses_are_those_of_trimming_every_module(report: dict[str, Any]) -> None:
     both, conflicts = np.zeros((4, 4)), np.zeros((4, 4))
     energy, kept, elected = np.zeros(4), np.zeros(4), np.zeros(4)
@@ -121,7 +135,7 @@ def test_row_blocks_of_any_size_give_the_same_signs(
 
 
 def test_the_same_report_and_pictures_come_out_again(tmp_path: Path) -> None:
-    names = ["legal, 2 $^ €", "medical " * 9, "code\n", ""]
+    names = ["legal $^{$ 2 €", "medical " * 9, "code\n", ""]
     for folder in ("a", "b"):
         spec = written(tmp_path / folder, names=names)
         metrics = analyze(spec)

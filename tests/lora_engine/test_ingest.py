@@ -126,6 +126,15 @@ def test_a_plain_adapter_keeps_its_bits_and_is_named_by_last_names(base: Path, t
     assert json.loads((output / "adapter_config.json").read_text())["target_modules"] == ATTENTION
 
 
+def test_what_it_was_trained_on_is_kept_for_exports(base: Path, tmp_path: Path) -> None:
+    source = foreign(base, tmp_path / "peft", target_modules=ATTENTION)
+    for quantization, training in ((None, None), ("nf4", {"quantization": "nf4"})):
+        output, _ = taken(base, source, ingest=IngestConfig(quantization=quantization))
+        assert json.loads((output / "lineage.json").read_text()).get("training") == training
+    with pytest.raises(SpecError, match="quantization"):
+        IngestConfig(quantization="int3")
+
+
 def test_conv1d_layers_are_taken_in(tmp_path: Path) -> None:
     base = make_tiny_gpt2(tmp_path / "base")
     source = foreign(base, tmp_path / "peft", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
@@ -352,7 +361,11 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "prefix": ({"x.lora_A.weight": torch.ones(4, 9)}, "base_model.model. is missing before it"),
     "name": ({f"{PREFIX}a b": torch.ones(1)}, "not the name of a tensor"),
     "type": ({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}, "type I32 are not read"),
-    "twice": ({f"{Q}.lora_A.other.weight": torch.ones(4, 32)}, "several adapters|two of it"),
+    "two adapters": (
+        {f"{PREFIX}model.layers.0.mlp.up_proj.lora_{x}.b.weight": torch.ones(4, 4) for x in "AB"},
+        "holds several adapters",
+    ),
+    "twice": ({f"{Q}.lora_A.other.weight": torch.ones(4, 32)}, "q_proj has two of it"),
     "shape": ({f"{Q}.lora_A.weight": torch.ones(4, 33)}, r"q_proj \(32 × 33\) is 32 × 32 there"),
     "NaN": ({f"{Q}.lora_A.weight": torch.full((4, 32), float("nan"))}, r"q_proj\.lora_A\.weight: values that are not"),
     "a delta beyond all measure": (

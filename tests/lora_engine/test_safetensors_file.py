@@ -171,6 +171,14 @@ def test_every_fault_of_a_header_is_named(case: str, tmp_path: Path) -> None:
     assert caught.value.message.startswith("file.safetensors: ")
 
 
+@pytest.mark.parametrize("character", ["[", "{", ","])
+def test_a_header_that_takes_memory_beyond_its_size_is_not_parsed(character: str, monkeypatch: Any) -> None:
+    whole = file_of(b'{"a":[' + character.encode() * 1_500_000)
+    monkeypatch.setattr("lora_engine.strict_json.loads", None)
+    with pytest.raises(AdapterError, match=f"more \\{character} than 100000 tensors"):
+        safetensors_file.header_of(whole, len(whole))
+
+
 def test_too_many_tensors_are_refused() -> None:
     whole = file_of({str(number): tensor(0, 0) for number in range(100_001)})
     with pytest.raises(AdapterError, match="100001 tensors"):
