@@ -8,7 +8,6 @@ from sqlalchemy.orm import Session
 
 from lora_engine.analysis_config import MAX_ADAPTERS as MAX_ANALYZED
 from lora_engine.analysis_config import AnalyzeConfig
-from lora_engine.errors import SpecError
 from lora_engine.exporting.config import ExportConfig, ExportSpec
 from lora_engine.fields import bounded, bounded_values, to_mapping
 from lora_engine.merging.config import MAX_WEIGHT, ExtractConfig, MergeConfig, WeightedAdapter
@@ -50,8 +49,7 @@ class ExportRequest(ExportConfig):
         bounded(self, "weight", -MAX_WEIGHT, MAX_WEIGHT)
         bounded_values(self, "weights", -MAX_WEIGHT, MAX_WEIGHT)
         jobs.check_name(self.name)
-        if len(self.others) >= sources.MAX_SOURCES:
-            raise SpecError(f"others: expected fewer than {sources.MAX_SOURCES} adapters", field="others")
+        sources.check(export_sources("", self), field="others")
 
 
 @dataclass(frozen=True, kw_only=True)

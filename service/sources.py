@@ -41,12 +41,12 @@ class Source:
         bounded_values(self, "weights", -MAX_WEIGHT, MAX_WEIGHT)
 
 
-def check(sources: Sequence[Source], limit: int = MAX_SOURCES) -> None:
-    """Raises SpecError for none or too many."""
+def check(sources: Sequence[Source], limit: int = MAX_SOURCES, field: str = "adapters") -> None:
+    """Raises SpecError for none or too many, or for too many entries of weights in all."""
     if not 1 <= len(sources) <= limit:
-        raise SpecError(f"adapters: expected between 1 and {limit} adapters", field="adapters")
+        raise SpecError(f"{field}: expected between 1 and {limit} adapters", field=field)
     if sum(len(source.weights) for source in sources) > MAX_NAMES:
-        raise SpecError(f"adapters: expected at most {MAX_NAMES} entries of weights in all", field="adapters")
+        raise SpecError(f"{field}: expected at most {MAX_NAMES} entries of weights in all", field=field)
 
 
 def resolve(

@@ -3,6 +3,7 @@
 Python's own reader wants to seek, trusts sizes, and was bypassed before where it writes files; this one writes none.
 """
 
+import re
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
@@ -24,6 +25,8 @@ class TarStream:
         self._take = take
         self._block = bytearray()
         self._name = ""
+        self._note = bytearray()  # a long name of the next member, as GNU or PAX write it
+        self._noting = b""
         self._seen: set[str] = set()
         self._left = 0  # of the present member's content
         self._padding = 0
@@ -43,7 +46,9 @@ class TarStream:
             if self._left:
                 taken = min(self._left, len(view))
                 self._left -= taken
-                if self._name in self._take:
+                if self._noting:
+                    self._note += view[:taken]
+                elif self._name in self._take:
                     self._take[self._name](bytes(view[:taken]))
             elif self._padding:
                 taken = min(self._padding, len(view))
@@ -74,12 +79,25 @@ class TarStream:
             raise Invalid(f"archive: has more than {_MAX_MEMBERS} members, or a broken one", param="archive")
         if info.type in _EXTENSIONS and info.size > _MAX_EXTENSION_BYTES:
             raise Invalid("archive: has a header that is too long", param="archive")
-        self._name = "" if info.type in _EXTENSIONS or info.isdir() else _last_name(info)
+        self._name, self._noting = "", b""
+        if info.type in _EXTENSIONS:
+            self._noting, self._note = info.type, bytearray()
+        else:
+            info.name = _long_name(bytes(self._note)) or info.name
+            self._note.clear()
+            self._name = "" if info.isdir() else _last_name(info)
         if self._name in self._seen & set(self._take):
             raise Invalid(f"archive: has {self._name} twice", param="archive")
         self._seen.add(self._name)
         self._left = 0 if info.isdir() else info.size
         self._padding = -self._left % _BLOCK
+
+
+def _long_name(note: bytes) -> str:
+    """What GNU's long name (text, ended by NUL) or PAX's `path` ("30 path=…\n") says; "" for other notes."""
+    path = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", note)
+    name = path[1] if path else b"" if re.match(rb"\d+ [A-Za-z.]+=", note) else note.rstrip(b"\0")
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _last_name(info: tarfile.TarInfo) -> str:

@@ -83,6 +83,20 @@ def test_a_tar_by_gnu_with_long_names_and_folders(sqlite_site: Site) -> None:
     assert stored(sqlite_site, answer.json())[WEIGHTS] == GOOD[WEIGHTS]
 
 
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_of_a_long_path(sqlite_site: Site, form: int) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for name in (CONFIG, WEIGHTS):
+            info = tarfile.TarInfo(f"{'x' * 60}/{'y' * 60}/checkpoint-500/{name}")
+            info.size, info.mtime = len(GOOD[name]), 1.5
+            archive.addfile(info, io.BytesIO(GOOD[name]))
+    answer = send(sqlite_site, {"archive": buffer.getvalue()})
+    assert answer.status_code == 202, answer.text
+    hidden = buffer.getvalue().replace(b"x" * 60, b"../" * 20)
+    assert send(sqlite_site, {"archive": hidden}).status_code in (415, 422)
+
+
 def test_the_adapter_before_training_comes_along(sqlite_site: Site) -> None:
     before = make_adapter(2)
     files = pair() | {"initial_config": before[CONFIG], "initial_weights": before[WEIGHTS]}

@@ -109,6 +109,8 @@ EXPORTS: list[tuple[dict[str, Any], str]] = [
     ({"merge": {"method": "ties"}}, "merge.method"),
     ({"format": "merged", "merge": {"method": "ties", "rank": 4}}, "merge.rank"),
     ({"format": "merged", "merge": {"density": 0.5}}, "merge.density"),
+    ({"others": [{"adapter": "x", "weights": {f"m{i}": 1 for i in range(600)}}] * 2}, "others"),
+    ({"others": [{"adapter": "x"}] * 64}, "others"),
     ({"output": "/etc"}, "output"),
     ({"name": "\u202e"}, "name"),
 ]
