@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lora_engine import strict_json
 from lora_engine.adapter_header import LINEAGE, Header
 from lora_engine.errors import AdapterError
 from lora_engine.exporting.dense import DenseDelta, whole_cutoffs
+from lora_engine.exporting.tensors import aligned
 from lora_engine.merging import factors, sources
 from lora_engine.merging.config import NONLINEAR, MergeConfig, MergeSpec, WeightedAdapter
 from lora_engine.merging.cutoffs import Cutoffs
@@ -151,8 +151,9 @@ class Deltas:
             AdapterError: values that are not finite.
         """
         found = factors.load(module, self.plan.modules[module])
-        B = (found.B * found.scale).astype(np.float32)
-        return FactoredDelta(torch.from_numpy(found.A), torch.from_numpy(B))
+        return FactoredDelta(
+            aligned(found.A.astype(np.float32, copy=False)), aligned((found.B * found.scale).astype(np.float32))
+        )
 
     def check(self, modules: Sequence[Module]) -> None:
         """Raises AdapterError for a module that is not among the linear layers of the base model, in this shape."""

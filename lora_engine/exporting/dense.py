@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import nf4
+from lora_engine.exporting.tensors import aligned
 from lora_engine.merging.cutoffs import Cutoffs, cutoffs
 from lora_engine.merging.factors import changing, load
 from lora_engine.merging.nonlinear import combine
@@ -25,8 +26,10 @@ class DenseDelta:
         # Adapters that are zero here, as where their loaders want all layers of a kind, have no say in it.
         found, parts = changing(load(module, item), item.parts)
         self._plan, self._module, self._blocks = plan, module, found.blocks
-        self._B = torch.from_numpy((found.B * found.scale).astype(np.float32))
-        self._A = torch.from_numpy(found.A)
+        self._B, self._A = (
+            aligned((found.B * found.scale).astype(np.float32)),
+            aligned(found.A.astype(np.float32, copy=False)),
+        )
         self._parts = [(part.digest, part.weight) for part in parts]
         method, options = plan.config.method, plan.config.options
         self._cutoffs = cutoffs(method, options, self.blocks) if whole is None else whole

@@ -13,12 +13,12 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
 from lora_engine.exporting.deltas import Deltas, FactoredDelta
 from lora_engine.exporting.gguf_layout import GGUFLayout, reorder, restore
+from lora_engine.exporting.tensors import aligned
 from lora_engine.merging.arrays import Array
 
 _TYPES = {"F32": np.float32, "F16": np.float16}
@@ -88,7 +88,7 @@ class GGUFDeltas:
 
     def delta(self, module: str) -> FactoredDelta:
         """A and B, fp32, in the model's own order of rows."""
-        A, B = (torch.from_numpy(self._read(self._names[module] + factor)) for factor in _FACTORS)
+        A, B = (aligned(self._read(self._names[module] + factor)) for factor in _FACTORS)
         if heads := self._layout.heads(f"{module}.weight"):
             B = restore(B, heads)
         return FactoredDelta(A, B * (self._alpha / len(A)))

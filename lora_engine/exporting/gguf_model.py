@@ -22,6 +22,7 @@ from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.gguf_layout import GGUFLayout, reorder, restore, stored_rows
 from lora_engine.exporting.pipeline import Files, Output, pipelined
 from lora_engine.exporting.sums import Block, Piece, Rounding, Sums, Tell
+from lora_engine.exporting.tensors import aligned
 
 _FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,
@@ -215,7 +216,7 @@ class GGUFTensors:
         tensor = self._tensors[self._names[name]]
         places = stored_rows(int(tensor.data.shape[0]), self._layout.heads(name))[start:stop]
         found: Any = gguf.dequantize(tensor.data[places.numpy()], tensor.tensor_type)
-        return torch.from_numpy(found.astype(np.float32))
+        return aligned(found.astype(np.float32))
 
     def rest(self, streamed: Container[str]) -> Iterator[tuple[str, Tensor]]:
         for name in self._names:

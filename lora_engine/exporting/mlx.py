@@ -10,14 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from lora_engine import safetensors_file
 from lora_engine.adapter_header import CONFIG
 from lora_engine.errors import AdapterError
 from lora_engine.exporting.deltas import Deltas, FactoredDelta
 from lora_engine.exporting.peft import TYPES, padded
+from lora_engine.exporting.tensors import aligned
 from lora_engine.merging.arrays import Array
 from lora_engine.safetensors_file import read_array, read_header
 from lora_engine.target_modules import Module
@@ -75,6 +73,4 @@ class MLXDeltas:
 
     def delta(self, module: str) -> FactoredDelta:
         A, B = (read_array(self._path, self._entries[module + factor]).T for factor in _FACTORS)
-        return FactoredDelta(
-            torch.from_numpy(np.ascontiguousarray(A)), torch.from_numpy(np.ascontiguousarray(B * self._scale))
-        )
+        return FactoredDelta(aligned(A), aligned(B * self._scale))

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from lora_engine.errors import BaseModelError
+from lora_engine.merging.arrays import Array
 from lora_engine.safetensors_file import FLOATS, Entry, read_array, read_header
 from lora_engine.weights import Weights
 
 _CPU = torch.device("cpu")
+
+
+def aligned(array: Array) -> Tensor:
+    """A copy in memory that PyTorch has asked for, whose alignment is always the same.
+
+    NumPy's is not, and the products of some libraries differ in the last bit by it.
+    """
+    return torch.from_numpy(array).clone()
 
 
 class Tensors(Protocol):
@@ -58,7 +67,7 @@ class FolderTensors:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         path, entry = self.stored[self.names[name]]
-        return torch.from_numpy(read_array(path, entry, slice(start, stop)))
+        return aligned(read_array(path, entry, slice(start, stop)))
 
     def rest(self, streamed: Container[str]) -> Iterator[tuple[str, Tensor]]:
         # Not by `Weights`, which maps whole files: those count as the process's memory to some limits.
@@ -66,5 +75,5 @@ class FolderTensors:
         for name in sorted(floats):
             if name not in streamed:
                 path, entry = self.stored[self.names[name]]
-                yield name, torch.from_numpy(read_array(path, entry))
+                yield name, aligned(read_array(path, entry))
         yield from self._weights.tensors(_CPU, skip=floats)
