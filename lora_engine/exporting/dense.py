@@ -5,7 +5,6 @@ Their results are of full rank, which an adapter cannot hold, but a model's weig
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from lora_engine.errors import BaseModelError
-from lora_engine.merging.arrays import Array
+from lora_engine.merging.arrays import Array, Wide
 from lora_engine.safetensors_file import FLOATS, Entry, read_array, read_header
 from lora_engine.weights import Weights
 
 _CPU = torch.device("cpu")
 
 
-def aligned(array: Array) -> Tensor:
-    """A copy in memory that PyTorch has asked for, whose alignment is always the same.
+def aligned(array: Array | Wide) -> Tensor:
+    """A copy in fp32, in memory that PyTorch has asked for, whose alignment is always the same.
 
     NumPy's is not, and the products of some libraries differ in the last bit by it.
     """
-    return torch.from_numpy(array).clone()
+    return torch.from_numpy(array).to(torch.float32, copy=True).contiguous()
 
 
 class Tensors(Protocol):
