@@ -150,9 +150,7 @@ class Deltas:
             AdapterError: values that are not finite.
         """
         found = factors.load(module, self.plan.modules[module])
-        return FactoredDelta(
-            aligned(found.A.astype(np.float32, copy=False)), aligned((found.B * found.scale).astype(np.float32))
-        )
+        return FactoredDelta(aligned(found.A), aligned(found.B * found.scale))
 
     def check(self, modules: Sequence[Module]) -> None:
         """Raises AdapterError for a module that is not among the linear layers of the base model, in this shape."""

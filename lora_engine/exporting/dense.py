@@ -26,8 +26,8 @@ class DenseDelta:
         found, parts = changing(load(module, item), item.parts)
         self._plan, self._module, self._blocks = plan, module, found.blocks
         self._B, self._A = (
-            aligned((found.B * found.scale).astype(np.float32)),
-            aligned(found.A.astype(np.float32, copy=False)),
+            aligned(found.B * found.scale),
+            aligned(found.A),
         )
         self._parts = [(part.digest, part.weight) for part in parts]
         method, options = plan.config.method, plan.config.options
