@@ -22,6 +22,8 @@ import numpy as np
 from lora_engine.merging.arrays import Array, Wide
 
 FILE = "certificate.json"
+NOISE = 1e-13  # of the terms of a sum: what fp64 leaves where they cancel
+_CANCELLED = 1e-5  # of the terms: below it squares have too few digits left
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +95,11 @@ def document(modules: Mapping[str, ModuleCertificate], facts: Mapping[str, Any])
 
 
 def norms(B: Wide | Array, A: Wide | Array) -> Norms:
-    """Of B·A (out × in), in fp64, without forming it: R × R matrices alone.
-
-    Where B·A cancels to less than 1e-7 of its terms, `exact_norms` has digits that this has not.
-    """
-    return gram_norms(gram(B.T), gram(A))
+    """Of B·A (out × in), in fp64, without forming it: from R × R matrices alone where nothing much cancels."""
+    columns, rows = gram(B.T), gram(A)
+    found = gram_norms(columns, rows)
+    scale = float(np.sqrt(np.diagonal(columns)) @ np.sqrt(np.diagonal(rows)))
+    return found if found.frobenius > _CANCELLED * scale else exact_norms(B, A)
 
 
 def gram(rows: Wide | Array) -> Wide:
@@ -118,11 +120,15 @@ def gram_norms(columns: Wide, rows: Wide) -> Norms:
 
 
 def exact_norms(B: Wide | Array, A: Wide | Array) -> Norms:
-    """As `norms`, from the singular values by QR in fp64: sound also where B·A almost cancels."""
-    left = _triangle(np.asarray(B, np.float64))
-    right = _triangle(np.asarray(A, np.float64).T)
-    values: Wide = np.linalg.svd(left @ right.T, compute_uv=False).astype(np.float64)
-    return of_singular_values(values)
+    """As `norms`, from the singular values by QR in fp64: sound also where B·A almost cancels.
+
+    What fp64 cannot tell from zero beside the terms that cancel is zero.
+    """
+    left, right = np.asarray(B, np.float64), np.asarray(A, np.float64)
+    values: Wide = np.linalg.svd(_triangle(left) @ _triangle(right.T).T, compute_uv=False).astype(np.float64)
+    found = of_singular_values(values)
+    scale = float(np.linalg.norm(left, axis=0) @ np.linalg.norm(right, axis=1))
+    return found if found.frobenius > NOISE * scale else ZERO
 
 
 def of_singular_values(values: Wide) -> Norms:

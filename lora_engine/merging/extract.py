@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_engine import adapter, base_files, base_model
 from lora_engine.adapter import Adapter, LoraWeights
-from lora_engine.errors import BaseModelError, SpecError
+from lora_engine.errors import SpecError
 from lora_engine.merging import certificate
 from lora_engine.merging.certificate import ModuleCertificate
 from lora_engine.merging.config import ExtractSpec
@@ -34,12 +34,15 @@ def extract(spec: ExtractSpec, tell: Callable[[int, int], None] | None = None) -
     Memory: three times the largest weight, and the adapter.
 
     Raises:
-        SpecError: a folder that is none; base and tuned model are the same, or differ in what no adapter can hold.
-        BaseModelError: files that are missing or torn, or of another architecture.
+        SpecError: a folder that is none; base and tuned model are the same, of unlike architectures, or
+            differ in what no adapter can hold.
+        BaseModelError: files that are missing or torn.
     """
     base, tuned = (_Checkpoint(name, Path(getattr(spec, name))) for name in ("base_model", "tuned_model"))
     if {item.name: item for item in base.modules} != {item.name: item for item in tuned.modules}:
-        raise BaseModelError("tuned_model: its layers are not those of the base model; give two of one architecture")
+        raise SpecError(
+            "tuned_model: its layers are not those of the base model; give two of one architecture", field="tuned_model"
+        )
     others = _other_changes(spec, base, tuned)
     weights, certified, changed = {}, {}, []
     # A head that is tied in both is the embedding, which no adapter on linear layers changes.
@@ -64,7 +67,7 @@ class _Checkpoint:
             raise SpecError(f"{field}: {folder} is not a folder", field=field)
         model = base_model.outline(folder, quantization="none", compute_dtype="fp32").model
         self.modules = base_model.linear_modules(model)
-        self.folder = folder
+        self._field = field
         self._weights = Weights(folder, model)
         self.places = self._weights.places()
         self.tied_head, embedding = _tied(model)
@@ -83,7 +86,7 @@ class _Checkpoint:
         path, stored = self.places[name]
         array = read_array(path, read_header(path)[stored])
         if not np.isfinite(array).all():
-            raise BaseModelError(f"{self.folder.name}: {stored} has values that are not finite")
+            raise SpecError(f"{self._field}: {stored} has values that are not finite", field=self._field)
         return torch.from_numpy(array)
 
     def converted(self) -> Iterator[tuple[str, Tensor]]:
@@ -104,7 +107,7 @@ def _other_changes(spec: ExtractSpec, base: _Checkpoint, tuned: _Checkpoint) -> 
     """Relative norm of the change of every tensor that is no linear layer's weight."""
     linear = {f"{module.name}.weight" for module in base.modules}
     if missing := (linear | set(base.places)) ^ (linear | set(tuned.places)):
-        raise BaseModelError(f"tuned_model: {min(missing)} is in one of the models alone")
+        raise SpecError(f"tuned_model: {min(missing)} is in one of the models alone", field="tuned_model")
     changes = {}
     for name in sorted(set(base.places) - linear):
         changes[name] = _change(name, base.read(name), tuned.read(name))
@@ -123,7 +126,8 @@ def _other_changes(spec: ExtractSpec, base: _Checkpoint, tuned: _Checkpoint) -> 
 
 def _change(name: str, before: Tensor, after: Tensor) -> float:
     if before.shape != after.shape:
-        raise BaseModelError(f"{name}: {tuple(before.shape)} in the base model, {tuple(after.shape)} in the tuned one")
+        shapes = f"{tuple(before.shape)} in the base model, {tuple(after.shape)} in the tuned one"
+        raise SpecError(f"tuned_model: {name} is {shapes}", field="tuned_model")
     difference = float((after.double() - before.double()).norm())
     return difference / (float(before.double().norm()) or 1.0)
 

@@ -12,6 +12,8 @@ from lora_engine.errors import AdapterError
 from lora_engine.merging.arrays import Array, Wide
 from lora_engine.merging.sources import ModulePlan, Part
 
+_LARGEST = 1e15
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -30,7 +32,7 @@ def load(module: str, plan: ModulePlan, *, weighted: bool = True) -> Factors:
     """The factors of one module; without `weighted` the scale leaves out the weights.
 
     Raises:
-        AdapterError: a value that is not finite, or a file that has become shorter since it was planned.
+        AdapterError: a value that is not finite or absurdly large, or a file that has become shorter meanwhile.
     """
     B = np.zeros((plan.outputs, plan.rank), np.float32)
     A = np.zeros((plan.rank, plan.inputs), np.float32)
@@ -44,9 +46,21 @@ def load(module: str, plan: ModulePlan, *, weighted: bool = True) -> Factors:
         except AdapterError as error:
             raise AdapterError(f"{part.header.folder.name}: {error.message}") from None
         scale[block] = part.scaling * (part.weight if weighted else 1.0)
+        _check_size(part, module, A[block], B[:, block])
         blocks.append(block)
         start = block.stop
     return Factors(B, A, scale, tuple(blocks))
+
+
+def _check_size(part: Part, module: str, A: Array, B: Array) -> None:
+    """Squares of the delta's entries have to stay within fp32."""
+    sizes = [float(np.abs(item).max(initial=0)) for item in (A, B)]
+    factor = abs(part.scaling) * max(1.0, abs(part.weight))
+    if not sizes[0] * sizes[1] * part.rank * factor <= _LARGEST or not max(factor, *sizes) <= _LARGEST:
+        raise AdapterError(
+            f"{part.header.folder.name}: {module}: factors up to {max(sizes):.2g} and a scaling of {part.scaling:.2g} "
+            "are too large to compute with; no trained adapter has such numbers"
+        )
 
 
 def changing(factors: Factors, parts: tuple[Part, ...]) -> tuple[Factors, tuple[Part, ...]]:

@@ -14,16 +14,13 @@ from math import sqrt
 
 import numpy as np
 
-from lora_engine.adapter_header import FACTORS, PREFIX
 from lora_engine.merging.arrays import Array, Wide
-from lora_engine.merging.certificate import Norms, gram, of_singular_values
+from lora_engine.merging.certificate import NOISE, Norms, gram, of_singular_values
 from lora_engine.merging.config import VLLM_RANKS, MergeConfig
-from lora_engine.merging.sources import Plan
+from lora_engine.merging.sources import Plan, header_bytes, rank_bytes
 
 # Beyond it Cholesky's bases are orthogonal to fewer than 8 digits: the loss is its square times fp64's 1e-16.
 _WORST_CONDITION = 1e4
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-_HEADER_BYTES = 120  # of one tensor in a safetensors header, beside its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +49,14 @@ class Decomposition:
 
 
 def decompose(B: Wide | Array, A: Wide | Array, scale: Wide) -> Decomposition:
-    """Of B · diag(scale) · A, with B (out × R) and A (R × in)."""
+    """Of B · diag(scale) · A, with B (out × R) and A (R × in), without what is nothing but rounding of its terms."""
+    found = _decompose(B, A, scale)
+    terms = float((np.linalg.norm(B, axis=0) * np.abs(scale)) @ np.linalg.norm(A, axis=1))
+    kept = int((found.values > NOISE * terms).sum())
+    return Decomposition(found.values[:kept], found.left, found.to_left[:, :kept], found.to_right[:kept], found.right)
+
+
+def _decompose(B: Wide | Array, A: Wide | Array, scale: Wide) -> Decomposition:
     used = B.any(axis=0) & A.any(axis=1) & (scale != 0)  # without the zeros that ranks are padded with
     left, right, scale = B[:, used].astype(np.float64), A[used].astype(np.float64), scale[used]
     columns, rows = _orthogonal(gram(left.T)), _orthogonal(gram(right))
@@ -121,10 +125,8 @@ def ranks_within(plan: Plan, values: Mapping[str, Wide]) -> dict[str, int]:
     Optimal up to the last rank that fits (the fractional knapsack's greedy order), and needs no training.
     """
     left = plan.config.max_bytes or 0
-    size = _BYTES[plan.config.options["dtype"]]
-    costs = {name: size * (item.inputs + item.outputs) for name, item in plan.modules.items()}
-    names = sum(len(PREFIX) + len(factor) for factor in FACTORS)
-    first = {name: 2 * (len(name) + _HEADER_BYTES) + names for name in plan.modules}
+    costs = {name: rank_bytes(plan.config, item) for name, item in plan.modules.items()}
+    first = {name: header_bytes(name) for name in plan.modules}
     offers = sorted(
         (-(value**2) / costs[name], name, index) for name in values for index, value in enumerate(values[name]) if value
     )

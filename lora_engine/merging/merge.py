@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lora_engine.errors import SpecError
 from lora_engine.merging import certificate, geometry, low_rank, projection, result, sources
 from lora_engine.merging.arrays import Array
 from lora_engine.merging.certificate import ModuleCertificate, Norms
@@ -129,10 +128,7 @@ def _ranks(plan: Plan, exact: Exact, progress: _Progress) -> dict[str, int]:
         factors = exact(module)
         values[module] = low_rank.decompose(factors.B, factors.A, factors.scale).values
         progress.advance()
-    ranks = low_rank.ranks_within(plan, values)
-    if not any(ranks.values()):
-        raise SpecError("max_bytes: not one rank of one module fits into so few bytes", field="max_bytes")
-    return ranks
+    return low_rank.ranks_within(plan, values)
 
 
 def _against_sum(plan: Plan, module: str, written: ModuleResult) -> ModuleResult:

@@ -22,6 +22,7 @@ from lora_engine.merging.nonlinear import combine
 from lora_engine.merging.sources import Part, Plan
 from lora_engine.merging.spectral import norms_of_dense
 
+_BLOCK = 1 << 20  # entries of all adapters together
 _NEGLIGIBLE = 1e-7  # of the largest singular value: what fp32 inputs cannot tell from zero
 
 
@@ -111,27 +112,35 @@ def dense_cutoffs(plan: Plan, beat: Callable[[], None]) -> Cutoffs | None:
 def dense_error(plan: Plan, module: str, B: Array, A: Array, whole: Cutoffs | None) -> tuple[Norms, Norms]:
     """Norms of the method's result on the dense deltas, and of its distance to B·A.
 
-    Memory: k + 2 times the module. Time grows with it too, which for the factored result it does not.
+    Memory: four times the module, whatever k. Time grows with it too, which for the factored result it does not.
     """
-    X, parts = _dense(plan, module)
-    written = torch.from_numpy(B) @ torch.from_numpy(A)
-    merged = _merged(plan, module, X, parts, whole) if parts else torch.zeros_like(written)
-    return norms_of_dense(merged), norms_of_dense(merged - written)
+    item, method, options = plan.modules[module], plan.config.method, plan.config.options
+    error = torch.zeros(item.outputs, item.inputs) - torch.from_numpy(B) @ torch.from_numpy(A)
+    merged = torch.zeros_like(error)
+    found = whole or cutoffs(method, options, lambda: (_told(block) for block in _dense(plan, module)))
+    for start, parts, X in _dense(plan, module):
+        weighted = [(part.digest, part.weight) for part in parts]
+        merged[start : start + X.shape[1]] = combine(method, options, X, weighted, found, module, start)
+    return norms_of_dense(merged), norms_of_dense(error.add_(merged))
 
 
 def _all_dense(plan: Plan, beat: Callable[[], None]) -> Iterator[tuple[Sequence[str], Tensor]]:
     for module in plan.modules:
         beat()
-        X, parts = _dense(plan, module)
-        if parts:
-            yield [part.digest for part in parts], X
+        yield from (_told(block) for block in _dense(plan, module))
 
 
-def _dense(plan: Plan, module: str) -> tuple[Tensor, tuple[Part, ...]]:
-    """The weighted deltas that are not zero, fp32 (k × out × in), and their parts."""
+def _told(block: tuple[int, tuple[Part, ...], Tensor]) -> tuple[Sequence[str], Tensor]:
+    _, parts, X = block
+    return [part.digest for part in parts], X
+
+
+def _dense(plan: Plan, module: str) -> Iterator[tuple[int, tuple[Part, ...], Tensor]]:
+    """The weighted deltas that are not zero, in blocks of rows: the first row, the parts, and X in fp32."""
     item = plan.modules[module]
     factors, parts = changing(load(module, item), item.parts)
     B = torch.from_numpy((factors.B * factors.scale).astype(np.float32))
     A = torch.from_numpy(np.asarray(factors.A, np.float32))
-    blocks = [B[:, block] @ A[block] for block in factors.blocks]
-    return torch.stack(blocks) if blocks else torch.zeros(0, item.outputs, item.inputs), parts
+    rows = max(1, _BLOCK // (max(len(parts), 1) * item.inputs))
+    for start in range(0, item.outputs if parts else 0, rows):
+        yield start, parts, torch.stack([B[start : start + rows, block] @ A[block] for block in factors.blocks])

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from lora_engine.adapter_header import Header, digest, inspect, targets
+from lora_engine.adapter_header import FACTORS, PREFIX, Header, digest, inspect, targets
 from lora_engine.config import MAX_STACK_RANK
 from lora_engine.errors import AdapterError, SpecError
 from lora_engine.merging.config import GEOMETRIC, VLLM_RANKS, MergeConfig, MergeSpec, check_count
 from lora_engine.merging.recipe import recipe, total
 from lora_engine.target_modules import Module, matches
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_ENTRY_BYTES = 120  # of one tensor in a safetensors header, beside its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +251,16 @@ def _part(header: Header, digest: str, module: str, weight: float) -> Part:
     return Part(header, digest, weight, item.scaling, item.rank)
 
 
+def rank_bytes(config: MergeConfig, item: ModulePlan) -> int:
+    """What one rank of a module takes in the weights file."""
+    return _BYTES[config.options["dtype"]] * (item.inputs + item.outputs)
+
+
+def header_bytes(module: str) -> int:
+    """What a module's two tensors take at most in the file's header."""
+    return sum(len(PREFIX) + len(module) + len(factor) + _ENTRY_BYTES for factor in FACTORS)
+
+
 def _check_ranks(config: MergeConfig, modules: Mapping[str, ModulePlan]) -> None:
     name, largest = max(modules.items(), key=lambda item: item[1].rank)
     if largest.rank > MAX_STACK_RANK:
@@ -263,6 +276,12 @@ def _check_ranks(config: MergeConfig, modules: Mapping[str, ModulePlan]) -> None
             "linear with a rank",
             field="fit",
         )
+    if config.max_bytes is not None:
+        least = min(header_bytes(name) + rank_bytes(config, item) for name, item in modules.items() if item.parts)
+        if config.max_bytes < least:
+            raise SpecError(
+                f"max_bytes: not one rank of one module fits into so few bytes; it takes {least}", field="max_bytes"
+            )
     if config.method == "peft_linear":
         for module, item in modules.items():
             if len({part.rank for part in item.parts}) > 1:

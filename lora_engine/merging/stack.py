@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lora_engine.merging.arrays import Array, Wide
-from lora_engine.merging.certificate import ZERO, ModuleCertificate, Norms, gram, gram_norms, norms
+from lora_engine.merging.certificate import ZERO, ModuleCertificate, Norms, norms
 from lora_engine.merging.factors import Factors, load
 from lora_engine.merging.result import ModuleResult, rounded
 from lora_engine.merging.sources import Plan
@@ -31,7 +31,7 @@ def of_factors(factors: Factors, dtype: str, module: str) -> ModuleResult:
     """One module, with the scale multiplied into B in fp64 before the one rounding."""
     exact = factors.B * factors.scale
     B, A = rounded(exact, dtype, module), rounded(factors.A, dtype, module)
-    norm = gram_norms(gram(exact.T), gram(factors.A))
+    norm = norms(exact, factors.A)
     error = rounding_error(exact, factors.A, B, A)
     rank = factors.A.shape[0]
     return ModuleResult(A, B, ModuleCertificate(norm, error, norm, error, error.frobenius, rank, rank))

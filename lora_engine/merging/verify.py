@@ -70,7 +70,7 @@ def _compared(name: str, measured: Mapping[str, Any], certified: Mapping[str, An
 def _near(measured: float | None, certified: Any) -> bool:
     if measured is None or not isinstance(certified, float | int):
         return measured is certified
-    return abs(measured - certified) <= _TOLERANCE
+    return abs(measured - certified) <= _TOLERANCE * max(1.0, abs(certified))
 
 
 def _plan(folder: Path, lineage: Mapping[str, Any], folders: Sequence[Path]) -> Plan:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_engine import adapter
-from lora_engine.errors import BaseModelError, SpecError
+from lora_engine.errors import SpecError
 from lora_engine.merging.config import ExtractSpec
 from lora_engine.merging.extract import best_factors, extract
 from tests.tiny_model import make_tiny_gpt2, make_tiny_model
@@ -137,7 +137,7 @@ def test_refusals(tmp_path: Path) -> None:
     make_tiny_gpt2(tmp_path / "gpt2")
     (tmp_path / "tuned").rename(tmp_path / "same")
     (tmp_path / "gpt2").rename(tmp_path / "tuned")
-    with pytest.raises(BaseModelError, match="one architecture"):
+    with pytest.raises(SpecError, match="one architecture"):
         run(tmp_path)
     with pytest.raises(SpecError, match="at most one of rank and energy"):
         run(tmp_path, rank=2, energy=0.5)

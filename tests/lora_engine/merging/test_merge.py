@@ -235,6 +235,18 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["stack", "linear", "ties", "sce"])
+@pytest.mark.parametrize(("alpha", "factor"), [(1e299, 1.0), (1.0, 1e25)])
+def test_absurd_numbers_are_named(alpha: float, factor: float, method: str, tmp_path: Path) -> None:
+    folder = Drawn(alpha=alpha).write(tmp_path / "absurd")
+    path = folder / "adapter_model.safetensors"
+    entries = safetensors_file.read_header(path)
+    arrays = {name: safetensors_file.read_array(path, entry) * np.float32(factor) for name, entry in entries.items()}
+    safetensors_file.write(path, arrays, {})
+    with pytest.raises(AdapterError):
+        merge(MergeSpec(adapters=[WeightedAdapter(path=str(folder))], output=str(tmp_path / "out"), method=method))  # type: ignore[arg-type]
+
+
 def test_a_result_of_zeros_is_refused(tmp_path: Path) -> None:
     adapter = Drawn().write(tmp_path / "1")
     twin = Drawn(alpha=16.0).write(tmp_path / "2")  # another digest, twice the delta

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_engine.merging import shared_basis
 from lora_engine.merging.arrays import Wide
 from lora_engine.merging.config import MergeSpec, WeightedAdapter
 from lora_engine.merging.factors import load
@@ -100,8 +101,12 @@ def test_ties_in_the_shared_basis_equals_its_dense_version(module: str, basis: s
     assert found.scale.size == 9
 
 
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
 @pytest.mark.parametrize("scope", ["module", "adapter"])
-def test_the_distance_to_the_dense_method_is_measured(scope: str, tmp_path: Path) -> None:
+def test_the_distance_to_the_dense_method_is_measured(
+    scope: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_basis, "_BLOCK", block)
     merge_of(tmp_path / "merge", PAIRS, method="ties", scope=scope, density=0.3)
     found, certified = dense(tmp_path / "merge/out"), certificate(tmp_path / "merge/out")
     deltas = {module: [item.deltas()[module] for item, _ in PAIRS] for module in SHAPES}

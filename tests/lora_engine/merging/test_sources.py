@@ -152,3 +152,13 @@ def test_target_modules_keep_last_names_only_where_all_have_them(tmp_path: Path)
     config = json.loads((second / CONFIG).read_text())
     (second / CONFIG).write_text(json.dumps({**config, "target_modules": ["mlp.down_proj", "q_proj"]}))
     assert plan(MergeConfig(), sources(first, second)).target_modules == ("mlp.down_proj", "q_proj")
+
+
+def test_a_budget_for_nothing(tmp_path: Path) -> None:
+    found = sources(adapter(tmp_path / "1"))
+    with pytest.raises(SpecError, match=r"it takes [0-9]+") as caught:
+        plan(MergeConfig(method="linear", max_bytes=100), found)
+    least = int(caught.value.message.rpartition(" ")[2])
+    assert plan(MergeConfig(method="linear", max_bytes=least), found)
+    with pytest.raises(SpecError):
+        plan(MergeConfig(method="linear", max_bytes=least - 1), found)

@@ -10,7 +10,8 @@ import pytest
 from lora_engine import safetensors_file
 from lora_engine.adapter_header import WEIGHTS
 from lora_engine.errors import AdapterError
-from lora_engine.merging.config import OPTIONS
+from lora_engine.merging.config import OPTIONS, MergeSpec, WeightedAdapter
+from lora_engine.merging.merge import merge
 from lora_engine.merging.verify import verify
 from tests.lora_engine.merging.adapters import Q0, Drawn, merge_of
 
@@ -51,6 +52,40 @@ def test_altered_weights(tmp_path: Path) -> None:
     assert not found["verified"]
     assert any(fault.startswith(f"{Q0}: frobenius is ") for fault in found["faults"])
     assert found["totals"]["frobenius"] > 1e-4 > found["certified"]["frobenius"]
+
+
+def versions(folder: Path, apart: float) -> list[WeightedAdapter]:
+    """Two versions of an adapter of which only q_proj was trained on, and their difference."""
+    found = []
+    for index, weight in enumerate((0.3, -0.3)):
+        made = Drawn(seed=1).write(folder / str(index))
+        path = made / WEIGHTS
+        random = np.random.default_rng(9)
+        entries = safetensors_file.read_header(path)
+        arrays = {name: safetensors_file.read_array(path, entry) for name, entry in entries.items()}
+        for name, array in arrays.items():
+            if index and "q_proj" in name:
+                array += (apart * random.standard_normal(array.shape)).astype(np.float32)
+        config = json.loads((made / "adapter_config.json").read_text())
+        (made / "adapter_config.json").write_text(json.dumps({**config, "revision": str(index)}))
+        safetensors_file.write(path, arrays, {"format": "pt"})
+        found.append(WeightedAdapter(path=str(made), weight=weight))
+    return found
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("options", [{}, {"method": "linear", "rank": 4}, {"method": "linear", "energy": 0.99},
+                                     {"method": "ties"}, {"method": "sce"}, {"method": "peft_linear"}])  # fmt: skip
+def test_the_difference_of_two_versions(options: dict[str, Any], apart: float, tmp_path: Path) -> None:
+    adapters = versions(tmp_path, apart)
+    merge(MergeSpec(adapters=adapters, output=str(tmp_path / "out"), **options))
+    found = verify(tmp_path / "out", [Path(item.path) for item in adapters])
+    assert found["faults"] == []
+    if options.get("method", "stack") in ("stack", "linear"):  # what both have alike is nothing, not noise
+        document = json.loads((tmp_path / "out/certificate.json").read_text())
+        certified = document["modules"]["model.layers.0.mlp.down_proj"]
+        assert certified["norm"] == certified["frobenius"] == 0
+        assert options.get("method") != "linear" or certified["rank"] == 0
 
 
 @pytest.mark.parametrize("name", ["certificate.json", "lineage.json"])
