@@ -69,16 +69,29 @@ def write(
     arrays = {
         f"{PREFIX}{name}{key}": item for name, pair in weights.items() for key, item in zip(FACTORS, pair, strict=True)
     }
+    card = _card(config) + (f"\n{notes}" if notes else "")
+    publish(folder, config, arrays, lineage=facts, files={**(files or {}), "README.md": card})
+
+
+def publish(
+    folder: Path,
+    config: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+    *,
+    dtype: str = "F32",
+    lineage: Mapping[str, Any],
+    files: Mapping[str, str],
+) -> None:
+    """Write config, weights (as safetensors' `dtype`), lineage and other texts; all of it appears, or nothing."""
     with published(folder) as temporary:
-        safetensors_file.write(temporary / WEIGHTS, arrays, {"format": "pt"})
-        texts = {CONFIG: _dump_json(config), LINEAGE: _dump_json(dict(sorted(facts.items()))), **(files or {})}
-        texts["README.md"] = _card(config) + (f"\n{notes}" if notes else "")
+        safetensors_file.write(temporary / WEIGHTS, arrays, {"format": "pt"}, dtype)
+        texts = {CONFIG: dump_json(config), LINEAGE: dump_json(dict(sorted(lineage.items()))), **files}
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
 
 
-def _dump_json(value: Any) -> str:
-    # Not sorted: of several entries of a rank pattern the last one counts.
+def dump_json(value: Any) -> str:
+    """As the files of an adapter have it; not sorted, as of several entries of a rank pattern the first one counts."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -35,6 +35,8 @@ class Host:
         command = [sys.executable, "-m", "worker.host", str(os.getpid()), device, str(threads)]
         environment = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)}
         environment["HF_HUB_OFFLINE"] = "1"
+        # NumPy's products here are of small matrices, over which its threads wait for each other.
+        environment.setdefault("OPENBLAS_NUM_THREADS", "1")
         self._process = _starter.submit(
             subprocess.Popen[str],
             command,

@@ -1,6 +1,5 @@
 """A merged adapter as it is written: weights, config, lineage, certificate and card, all of it or nothing. No torch."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_engine import peft_config, safetensors_file, strict_json
-from lora_engine.adapter_header import CONFIG, FACTORS, LINEAGE, PREFIX, WEIGHTS
+from lora_engine import adapter_folder, peft_config, strict_json
+from lora_engine.adapter_header import FACTORS, LINEAGE, PREFIX
 from lora_engine.errors import AdapterError
-from lora_engine.folders import published
 from lora_engine.merging import card, certificate
 from lora_engine.merging.arrays import Array, Wide
 from lora_engine.merging.certificate import ModuleCertificate
@@ -89,18 +87,13 @@ def publish(
         {name: item.certificate for name, item in results.items()},
         {"method": plan.config.method, "recipe_digest": facts["recipe_digest"]},
     )
-    with published(folder) as temporary:
-        path = temporary / WEIGHTS
-        safetensors_file.write(path, arrays, {"format": "pt"}, _TYPES[plan.config.options["dtype"]])
-        texts = {
-            CONFIG: _json(config),
-            LINEAGE: _json(dict(sorted(facts.items()))),
-            certificate.FILE: _json(certified),
-            "README.md": card.text(plan, rank, certified["totals"], native=native),
-            **files,
-        }
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+    texts = {
+        certificate.FILE: adapter_folder.dump_json(certified),
+        "README.md": card.text(plan, rank, certified["totals"], native=native),
+        **files,
+    }
+    dtype = _TYPES[plan.config.options["dtype"]]
+    adapter_folder.publish(folder, config, arrays, dtype=dtype, lineage=facts, files=texts)
     return {
         "method": plan.config.method,
         "rank": rank,
@@ -168,8 +161,3 @@ def _native(plan: Plan, results: Mapping[str, ModuleResult]) -> tuple[dict[str, 
         for factor, array in zip(FACTORS, (item.A, item.B), strict=True)
     }
     return {**config, "rank_pattern": patterns, "alpha_pattern": patterns}, arrays
-
-
-def _json(value: Any) -> str:
-    # Not sorted: of several entries of a rank pattern the first one counts.
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
