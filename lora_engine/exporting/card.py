@@ -27,6 +27,9 @@ def text(facts: Mapping[str, Any]) -> str:
     kind = "peft" if facts["format"] == "peft-portable" else facts["format"]
     whole = kind in ("merged", "gguf-merged")
     use = _USE[kind].format(base=json.dumps(base))
+    trained_on = f"as trained ({facts['trained_on']} weights; these are {facts['base']})"
+    if facts["trained_on"] == "unknown":
+        trained_on = f"on {facts['base']} weights (what the adapters were trained on is not known; of QLoRA say nf4)"
     return f"""---
 base_model: {json.dumps(base)}
 base_model_relation: {"merge" if whole else "adapter"}
@@ -45,7 +48,7 @@ tags:
 |---|---|
 {_rows(facts)}
 
-Against base model and adapters as trained ({facts["trained_on"]} weights; these are {facts["base"]}), over \
+Against base model and adapters {trained_on}, over \
 {parity["predictions"]} predictions: largest log-probability gap {parity["max_gap"]:.2e}, mean \
 {parity["mean_gap"]:.2e}, KL divergence {parity["kl"]:.2e}, same most likely token {parity["greedy_agreement"]:.1%}.
 `certificate.json` has all figures.

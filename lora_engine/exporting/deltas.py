@@ -87,7 +87,8 @@ class Deltas:
 
     Attributes:
         shapes: module name → (out, in).
-        quantizations: of the weights that the adapters were trained against ("none", "nf4", "int8"), where they say.
+        quantizations: of the weights that the adapters were trained against: "none", "nf4", "int8", or "unknown" of
+            those that do not say.
     """
 
     def __init__(self, adapters: Sequence[WeightedAdapter], config: MergeConfig | None = None) -> None:
@@ -101,7 +102,7 @@ class Deltas:
         self.plan = sources.plan(config, sources.read(MergeSpec(adapters=adapters, output="")))
         self.shapes = {name: (item.outputs, item.inputs) for name, item in self.plan.modules.items() if item.parts}
         found = {_quantization(source.header) for source in self.plan.sources}
-        self.quantizations = tuple(sorted(name for name in found if name is not None))
+        self.quantizations = tuple(sorted(name or "unknown" for name in found))
 
     @property
     def modules(self) -> Sequence[str]:
@@ -123,8 +124,8 @@ class Deltas:
 
     @property
     def quantization(self) -> str | None:
-        """The one of `quantizations`, where there is one."""
-        return self.quantizations[0] if len(self.quantizations) == 1 else None
+        """The one of `quantizations`, where there is one and it is known."""
+        return self.quantizations[0] if len(self.quantizations) == 1 and self.quantizations != ("unknown",) else None
 
     def rank(self, module: str) -> int:
         return self.plan.modules[module].rank

@@ -152,7 +152,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "base_model": job.base_name,
         "base_digest": job.base_digest,
         "base": _named(job.target),
-        "trained_on": _named(job.trained_on),
+        "trained_on": "unknown" if job.deltas.quantization is None else _named(job.trained_on),
         "method": job.deltas.plan.config.method,
         "parents": job.deltas.parents,
         "modules": len(job.deltas.modules),

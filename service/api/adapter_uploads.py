@@ -1,5 +1,7 @@
 """POST /adapters: an adapter from elsewhere."""
 
+from typing import Any
+
 import anyio
 from fastapi import APIRouter, Request, Response
 
@@ -39,6 +41,11 @@ _BODY = {
                         "weights": _file("adapter_model.safetensors"),
                         "rank": {"type": "integer", "description": "of what has to be converted to low rank"},
                         "max_error": {"type": "number", "description": "relative, of such a conversion"},
+                        "quantization": {
+                            "type": "string",
+                            "enum": ["none", "nf4", "int8"],
+                            "description": "of the base model while the adapter was trained; exports go by it",
+                        },
                         "initial_config": _file("of the adapter before training, which PiSSA and its kin need"),
                         "initial_weights": _file("of the same"),
                         "archive": _file("in place of the two: a tar that has both, without compression"),
@@ -67,7 +74,9 @@ async def upload_adapter(
     if media_type(request) != "multipart/form-data":
         raise UnsupportedMedia("send a form with `base_model` and `config` and `weights`, or `archive`")
     with scratch.folder(parts.settings) as folder, Upload(parts.settings, folder) as upload:
-        form = Form(request.headers["content-type"], ("base_model", "name", "rank", "max_error"), upload.takers)
+        form = Form(
+            request.headers["content-type"], ("base_model", "name", "rank", "max_error", "quantization"), upload.takers
+        )
         await receive(request, form.write, parts.settings.max_upload_bytes + 2 * MAX_OWN_BYTES)
         form.finish()
         if (base_model := form.text("base_model")) is None:
@@ -84,13 +93,15 @@ async def upload_adapter(
 
 def _config(form: Form) -> IngestConfig:
     """The engine's options, which a form has as texts."""
-    values = {}
+    values: dict[str, Any] = {}
     for field in ("rank", "max_error"):
         if (text := form.text(field)) is not None:
             try:
                 values[field] = strict_json.loads(text)
             except strict_json.StrictJSONError:
                 raise Invalid(f"{field}: {text[:40]!r} is no number", param=field) from None
+    if (quantization := form.text("quantization")) is not None:
+        values["quantization"] = quantization
     return from_mapping(IngestConfig, values)
 
 

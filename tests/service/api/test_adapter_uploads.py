@@ -49,10 +49,11 @@ def stored(site: Site, job: dict[str, Any]) -> dict[str, bytes]:
 
 
 def test_two_files_become_a_job(site: Site) -> None:
-    answer = send(site, pair(), name="from elsewhere", rank="16")
+    answer = send(site, pair(), name="from elsewhere", rank="16", quantization="nf4")
     job = answer.json()
     assert (answer.status_code, job["kind"], job["status"], job["name"]) == (202, "ingest", "queued", "from elsewhere")
-    assert (job["base_model"], job["spec"]["ingest"]["rank"], job["attempt"]) == (rows.BASE_MODEL, 16, 0)
+    assert (job["base_model"], job["attempt"]) == (rows.BASE_MODEL, 0)
+    assert job["spec"]["ingest"] == {"rank": 16, "max_error": 0.1, "quantization": "nf4"}
     assert stored(site, job) == {CONFIG: GOOD[CONFIG], WEIGHTS: GOOD[WEIGHTS]}
     assert site.claim().job_id == job["id"]
     assert not any(site.settings.work_dir.iterdir())
@@ -217,6 +218,7 @@ FIELDS: list[tuple[dict[str, Any], int, str]] = [
     ({"rank": "1e9"}, 422, "rank"),
     ({"rank": "true"}, 422, "rank"),
     ({"max_error": "NaN"}, 422, "max_error"),
+    ({"quantization": "nf3"}, 422, "quantization"),
     ({"output": "/etc"}, 422, "output"),
 ]
 
