@@ -18,7 +18,7 @@ _CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container it is the cont
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER, _LARGEST = 2**31 - 1, 32 << 20
 # Of what was resident when a job began: more is holes.
-_SLACK = 1.08
+_SLACK = 1.03
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 

@@ -31,7 +31,7 @@ _LARGEST_KEPT = 64 << 20
 # Of the predictions, measured over a grid of small configurations (benchmarks/plan.py).
 _MEMORY_ERROR, _TIME_ERROR = 0.1, 0.2
 # What a heap takes for what a job holds, the mean of that grid: `machine.Heap` bounds it.
-_HOLES = 1.07
+_HOLES = 1.09
 # Seconds from which on what a pass does for the first time no longer shows in its time.
 _LONG_PASS = 1.0
 # Steps whose micro-batches are counted to predict the time of all.
