@@ -119,6 +119,17 @@ def _plan(spec: AnalyzeSpec) -> Plan:
     return plan(MergeConfig(method="stack"), sources)
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own, with those of the folders that they lie in where that is not enough to tell them apart."""
+    own = [folder.name for folder in folders]
+    return own if len(set(own)) == len(own) else [f"{folder.parent.name}/{folder.name}" for folder in folders]
+
+
+def _place(layer: str) -> list[tuple[int, str]]:
+    """Layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in layer.split(".")]
+
+
 def _layer(module: str) -> str:
     """ "model.layers.3" of all that is in it; of a module outside the layers its name."""
     found = _LAYER.fullmatch(module)
@@ -128,7 +139,7 @@ def _layer(module: str) -> str:
 def _report(
     spec: AnalyzeSpec, planned: Plan, total: _Sums, layers: Mapping[str, _Sums], modules: Mapping[str, Any]
 ) -> dict[str, Any]:
-    names = list(spec.names) or [source.name for source in planned.sources]
+    names = list(spec.names) or _names([source.header.folder for source in planned.sources])
     adapters = [
         {
             "name": name,
@@ -146,7 +157,7 @@ def _report(
         "density": spec.analyze.density,
         "adapters": adapters,
         "total": _said(total, spec),
-        "layers": {name: _said(sums, spec) for name, sums in layers.items()},
+        "layers": {name: _said(layers[name], spec) for name in sorted(layers, key=_place)},
         "modules": dict(modules),
     }
 

@@ -65,8 +65,17 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is Sequence and dataclasses.is_dataclass(inner) and isinstance(value, list):
         return [_convert(inner, item, f"{path}[{index}]") for index, item in enumerate(value)]
     if not _matches(hint, value):
-        raise SpecError(f"{path}: {_short(value)} is of the wrong type", field=path)
+        choices = _choices(hint)
+        fault = f"must be one of {', '.join(choices)}" if choices and isinstance(value, str) else "is of the wrong type"
+        raise SpecError(f"{path}: {_short(value)} {fault}", field=path)
     return value
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words that a field takes, where it takes words alone."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [word for option in typing.get_args(hint) for word in _choices(option)]
+    return [str(word) for word in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
 
 
 def _matches(hint: Any, value: Any) -> bool:

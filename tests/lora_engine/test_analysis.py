@@ -157,6 +157,17 @@ def test_one_adapter_and_one_without_signs_have_a_report_too(tmp_path: Path) -> 
     assert (total["cosines"], total["norm_ratio"], "signs" in total) == ([[pytest.approx(1)]], pytest.approx(1), False)
 
 
+def test_layers_come_in_their_order_and_adapters_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    weights = {f"model.layers.{layer}.q_proj": LoraWeights(torch.ones(1, 3), torch.ones(3, 1)) for layer in (10, 9, 0)}
+    for parent, alpha in (("first", 1), ("second", 2)):
+        made = Adapter(weights, 1, alpha, base_model_name="tests/base", base_digest="b" * 64)
+        adapter.write(made, tmp_path / parent / "adapter", lineage={})
+    paths = [WeightedAdapter(path=str(tmp_path / parent / "adapter")) for parent in ("first", "second")]
+    report = report_of(AnalyzeSpec(adapters=paths, output=str(tmp_path / "out")))
+    assert list(report["layers"]) == ["model.layers.0", "model.layers.9", "model.layers.10"]
+    assert [item["name"] for item in report["adapters"]] == ["first/adapter", "second/adapter"]
+
+
 def zeros(folder: Path) -> Path:
     weights = {name: LoraWeights(torch.zeros(2, width), torch.zeros(out, 2)) for name, (out, width) in SHAPES.items()}
     adapter.write(Adapter(weights, 2, 2, base_model_name="tests/base", base_digest="b" * 64), folder, lineage={})
