@@ -5,11 +5,14 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -18,7 +21,7 @@ _CGROUP = Path("/sys/fs/cgroup")  # version 2; inside a container it is the cont
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER, _LARGEST = 2**31 - 1, 32 << 20
 # Of what was resident when a job began: more is holes.
-_SLACK = 1.03
+_SLACK = 1.02
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
@@ -123,6 +126,20 @@ def _glibc() -> ctypes.CDLL | None:
     except OSError:
         return None
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
+def within_memory(work: Callable[[], T], shrink: Callable[[], None]) -> T:
+    """The result of `work`, which is done again after `shrink` as often as it runs out of memory.
+
+    `shrink` is called when the error is over and done with: its frames hold on to what did not fit.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        shrink()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

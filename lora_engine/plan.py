@@ -8,7 +8,7 @@ longest micro-batch then shows what it really takes, and how long.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from lora_engine import base_model, data, lora, machine, passes
 from lora_engine.base_model import BaseModel
 from lora_engine.config import TrainingConfig, TrainSpec
 from lora_engine.data import Dataset, Document
-from lora_engine.errors import WouldNotFit
+from lora_engine.errors import OutOfMemory, WouldNotFit
 from lora_engine.passes import Batch, Pass
 
 # Beyond so many tokens a micro-batch fills the device's arithmetic units and only costs memory.
@@ -86,6 +86,10 @@ class Plan:
     predicted_step_seconds: float | None
     predicted_seconds: float | None
     time_error: float
+
+    @property
+    def choice(self) -> "Choice":
+        return Choice(*(getattr(self, item.name) for item in fields(Choice)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +270,17 @@ def shrunk(run: Pass, choice: Choice, longest: int) -> Choice | None:
     if choice.micro_batch_tokens > longest:
         return replace(choice, micro_batch_tokens=max(longest, choice.micro_batch_tokens // 2))
     return None
+
+
+def shrink(run: Pass, choice: Choice, longest: int, device: torch.device) -> Choice:
+    """Set `run` up as `shrunk` says, and return that choice. Raises OutOfMemory where nothing is left to try."""
+    smaller = shrunk(run, choice, longest)
+    if smaller is None:
+        raise OutOfMemory(f"a micro-batch of {choice.micro_batch_tokens} tokens did not fit")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    apply(run, smaller)
+    return smaller
 
 
 def predicted_bytes(job: Job, choice: Choice, batch: Batch) -> int:

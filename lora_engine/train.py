@@ -10,7 +10,7 @@ with Training(spec, base) as training:
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from lora_engine import adapter, checkpoint, curves, data, lineage, lora, machin
 from lora_engine.base_model import BaseModel, context_length, linear_modules
 from lora_engine.config import TrainSpec
 from lora_engine.data import Document
-from lora_engine.errors import CheckpointError, Diverged, OutOfMemory
+from lora_engine.errors import CheckpointError, Diverged
 from lora_engine.history import History
 from lora_engine.step import Step
 
@@ -208,31 +208,11 @@ class Training:
             batches = self._batches(step)
             return sum(self._run.gradients(batch, targets, dropout) for batch in batches), batches
 
-        return self._within_memory(made)
-
-    def _within_memory(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which is done again, in smaller pieces, where it runs out of memory."""
-        while True:
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if not machine.is_out_of_memory(error):
-                    raise
-            self._shrink()
+        return machine.within_memory(made, self._shrink)
 
     def _shrink(self) -> None:
-        """Called when the error is over and done with: its frames hold on to what did not fit."""
-        planned = self.plan
-        chosen = plan.Choice(
-            planned.micro_batch_tokens, planned.recomputed_layers, planned.offload, planned.dequantize_once
-        )
-        smaller = plan.shrunk(self._run, chosen, planned.longest)
-        if smaller is None:
-            raise OutOfMemory(f"a micro-batch of {chosen.micro_batch_tokens} tokens did not fit")
-        if self._base.device.type == "cuda":
-            torch.cuda.empty_cache()
-        plan.apply(self._run, smaller)
-        self.plan = dataclasses.replace(planned, **dataclasses.asdict(smaller))
+        smaller = plan.shrink(self._run, self.plan.choice, self.plan.longest, self._base.device)
+        self.plan = dataclasses.replace(self.plan, **dataclasses.asdict(smaller))
 
     def _batches(self, step: int) -> list[passes.Batch]:
         """Micro-batches of a step, made ready while the one before was computed, and those of the next under way."""
@@ -274,7 +254,7 @@ class Training:
             tokens = min(self.plan.micro_batch_tokens, self.spec.training.global_batch * self.plan.longest)
             return sum(self._run.loss(batch) for batch in self._run.batches(self._held_out, tokens))
 
-        loss = self._within_memory(made) / sum(document.trained_tokens for document in self._held_out)
+        loss = machine.within_memory(made, self._shrink) / sum(document.trained_tokens for document in self._held_out)
         self._history.add_evaluation(self._progress.step, loss)
         return loss
 

@@ -1,6 +1,6 @@
 """The loss of a weighted stack on examples, and its gradient by the weights, in micro-batches that fit into memory."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lora_engine import machine, passes, plan
 from lora_engine.data import Document
-from lora_engine.errors import OutOfMemory
 from lora_engine.weight_search_config import SearchSpec
 from lora_engine.weight_search_data import Splits
 from lora_engine.weight_search_stack import WeightedStack
@@ -43,12 +42,7 @@ class StackLoss:
         except BaseException:
             self.close()
             raise
-        self._choice = plan.Choice(
-            self._plan.micro_batch_tokens,
-            self._plan.recomputed_layers,
-            self._plan.offload,
-            self._plan.dequantize_once,
-        )
+        self._choice = self._plan.choice
         self._largest = training.global_batch * self._plan.longest
         self._heap = machine.Heap(base.device)
 
@@ -62,7 +56,7 @@ class StackLoss:
                 self._held_out[id(documents)] = list(self._run.batches(documents, tokens))
             return sum(self._run.loss(batch) for batch in self._held_out[id(documents)])
 
-        return self._within_memory(made) / _targets(documents)
+        return machine.within_memory(made, self._shrink) / _targets(documents)
 
     def gradient(self, weights: Tensor, documents: Sequence[Document]) -> tuple[float, Tensor]:
         """The loss over `documents`, and its gradient (like the weights)."""
@@ -74,7 +68,7 @@ class StackLoss:
             batches = self._run.batches(documents, self._choice.micro_batch_tokens)
             return sum(self._run.gradients(batch, targets, None) for batch in batches)
 
-        loss = self._within_memory(made)
+        loss = machine.within_memory(made, self._shrink)
         self._heap.tidy()
         return loss, self._stack.gradient()
 
@@ -89,25 +83,9 @@ class StackLoss:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _within_memory(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which is done again, in smaller pieces, where it runs out of memory."""
-        while True:
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if not machine.is_out_of_memory(error):
-                    raise
-            self._shrink()
-
     def _shrink(self) -> None:
-        """Called when the error is over and done with: its frames hold on to what did not fit."""
-        smaller = plan.shrunk(self._run, self._choice, self._plan.longest)
-        if smaller is None:
-            raise OutOfMemory(f"a micro-batch of {self._choice.micro_batch_tokens} tokens did not fit")
-        if self._stack.adapted.base.device.type == "cuda":
-            torch.cuda.empty_cache()
-        plan.apply(self._run, smaller)
-        self._choice = smaller
+        device = self._stack.adapted.base.device
+        self._choice = plan.shrink(self._run, self._choice, self._plan.longest, device)
         self._held_out.clear()
 
 
