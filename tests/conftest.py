@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import create_engine, text
 
 import migrations
@@ -22,6 +23,8 @@ from service.storage import Storage, open_storage
 from tests import servers
 
 FOLDER = "luthier_servers"
+settings.register_profile("same examples every time", derandomize=True, database=None)
+settings.load_profile("same examples every time")
 
 
 def pytest_configure(config: pytest.Config) -> None:
