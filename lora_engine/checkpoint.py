@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_engine import strict_json
+from lora_engine import failpoints, strict_json
 from lora_engine.base_files import sha256_file
 from lora_engine.errors import CheckpointError
 from lora_engine.folders import published
@@ -34,6 +34,7 @@ def save(parent: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     folder = parent / f"step-{step:08d}"
     with published(folder) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
+        failpoints.reach("checkpoint.writing")
         _write_json(temporary / _STATE, state)
         files = {
             name: {"size": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)}

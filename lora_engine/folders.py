@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_engine import failpoints
+
 
 @contextlib.contextmanager
 def published(folder: Path) -> Iterator[Path]:
@@ -24,7 +26,9 @@ def published(folder: Path) -> Iterator[Path]:
             path.chmod(0o755 if path.is_dir() else 0o644)
             fsync(path)
         fsync(temporary)
+        failpoints.reach("folder.before_rename")
         _replace(temporary, folder)
+        failpoints.reach("folder.after_rename")
         fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

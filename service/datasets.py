@@ -18,7 +18,7 @@ from sqlalchemy import delete as delete_rows
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from lora_engine import examples
+from lora_engine import examples, failpoints
 from lora_engine.errors import DataError
 from service.db import Database, now
 from service.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable, UnsupportedMedia
@@ -80,6 +80,7 @@ class Upload:
             TooLarge: more bytes, or more lines, than the settings allow.
             Invalid: a line is no example; the message names the line and the remedy.
         """
+        failpoints.reach("upload.receiving")
         if not self._bytes:
             _check_signature(chunk)
         self._bytes += len(chunk)
@@ -156,7 +157,9 @@ def add(database: Database, storage: Storage, owner_id: str, name: str, received
     with database.unit_of_work() as session:
         session.add(dataset)
     try:
+        failpoints.reach("dataset.before_object")
         storage.put_file(object_key(dataset.id), received.path, received.sha256)
+        failpoints.reach("dataset.after_object")
         with database.unit_of_work() as session:
             ready = update(Dataset).where(Dataset.id == dataset.id)
             if not session.execute(ready.values(status="ready").returning(Dataset.id)).first():

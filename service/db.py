@@ -13,6 +13,8 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.functions import FunctionElement
 
+from lora_engine import failpoints
+
 _AFTER_COMMIT = "luthier.after_commit"
 _WRITES = "luthier_writes"
 
@@ -65,6 +67,8 @@ class Database:
             with session.begin():
                 yield session
             callbacks: list[Callable[[], None]] = session.info.pop(_AFTER_COMMIT, [])
+        if callbacks:
+            failpoints.reach("commit.before_wake")
         for callback in callbacks:
             callback()
 

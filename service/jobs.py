@@ -7,6 +7,7 @@ from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from lora_engine import failpoints
 from lora_engine.config import LoraConfig, TrainingConfig, check_held_out, to_mapping
 from lora_engine.errors import SpecError
 from lora_engine.target_modules import Module, targets
@@ -156,6 +157,7 @@ def submit(
     if created and job.state == "queued":
         events.append(session, job.id, "Queued")
         queue.enqueue(session, job.id)
+    failpoints.reach("submit.before_commit")
     return job, created
 
 

@@ -12,6 +12,7 @@ from celery import Celery
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from lora_engine import failpoints
 from service.db import Database, after_commit
 from service.models import OutboxMessage
 
@@ -66,7 +67,9 @@ def relay(database: Database, celery: Celery) -> int:
             select(OutboxMessage.id, OutboxMessage.job_id).order_by(OutboxMessage.id).limit(100)
         ).all()
     for message in messages:
+        failpoints.reach("relay.before_send")
         send(celery, message.job_id)
+        failpoints.reach("relay.after_send")
         with database.unit_of_work() as session:
             session.execute(delete(OutboxMessage).where(OutboxMessage.id == message.id))
     return len(messages)

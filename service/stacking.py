@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_engine import failpoints
 from lora_engine.adapter_header import digest
 from lora_engine.errors import EngineError
 from lora_engine.merging.config import MergeConfig
@@ -44,8 +45,10 @@ def make(database: Database, storage: Storage, settings: Settings, claim: Claim,
     try:
         with scratch.folder(settings) as folder:
             result = _stack(storage, claim, asked, folder)
+        failpoints.reach("stack.before_publish")
         with database.unit_of_work() as session:
             leases.succeed(session, claim, result)
+        failpoints.reach("stack.after_publish")
     except Fenced:
         log.warning("%s: cancelled, or slower than its lease", claim.job_id)
         with suppress(Fenced), database.unit_of_work() as session:

@@ -19,6 +19,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
+from lora_engine import failpoints
 from service.errors import NoSpace, Unavailable
 
 CHUNK = 1 << 20
@@ -71,6 +72,7 @@ def fetch(storage: Storage, key: str, path: Path, sha256: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         for chunk in storage.read(key):
+            failpoints.reach("storage.fetching")
             digest.update(chunk)
             file.write(chunk)
     if digest.hexdigest() != sha256:
@@ -89,6 +91,7 @@ def put_folder(storage: Storage, prefix: str, folder: Path, *, last: str | None 
     for path in paths:
         name, sha256 = path.relative_to(folder).as_posix(), file_sha256(path)
         storage.put_file(f"{prefix}/{name}", path, sha256)
+        failpoints.reach("storage.between_files")
         files.append({"name": name, "size": path.stat().st_size, "sha256": sha256})
     return sorted(files, key=lambda file: str(file["name"]))
 
@@ -132,6 +135,7 @@ class LocalStorage:
                     os.fsync(file.fileno())
                 if digest.hexdigest() != sha256:
                     raise ObjectDamaged(key)
+                failpoints.reach("storage.before_rename")
                 temporary.rename(target)
                 fsync_folder(target.parent)
             except OSError as error:
@@ -197,6 +201,7 @@ class S3Storage:
     def put_file(self, key: str, path: Path, sha256: str) -> None:
         with _translated(key):
             obstore.put(self._store, key, path)
+            failpoints.reach("storage.after_put")
             head = obstore.head(self._store, key)
             digest = hashlib.sha256()
             for chunk in self.read(key):

@@ -15,6 +15,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from lora_engine import failpoints
 from service import datasets, leases, queue, scratch
 from service.db import Database, now
 from service.errors import ServiceError
@@ -89,6 +90,7 @@ class Sweep:
         try:
             with self._database.unit_of_work() as session:
                 reaped = leases.reap(session)
+                failpoints.reach("sweep.before_reap_commit")
         except (OperationalError, InterfaceError, PoolTimeout):
             # After an outage every lease looks expired: healthy workers get one lease's time to renew first.
             self._quiet_until = time.monotonic() + self._settings.lease_seconds
@@ -129,6 +131,7 @@ def purge_deleted(database: Database, storage: Storage) -> None:
             rows = session.execute(gone.limit(20)).all()
         for result_id, prefix in rows:
             storage.delete_prefix(prefix)
+            failpoints.reach("sweep.objects_deleted")
             with database.unit_of_work() as session:
                 session.execute(update(table).where(table.id == result_id).values(purged_at=now()))
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 # Before anything imports torch, here or in a child: the runs of xdist share the cores already.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,6 +18,8 @@ from hypothesis import settings
 from sqlalchemy import create_engine, text
 
 import migrations
+from lora_engine import failpoints
+from lora_engine.failpoints import Fault
 from service.db import Database
 from service.settings import Settings
 from service.storage import Storage, open_storage
@@ -124,6 +127,33 @@ def sqlite_database(sqlite_url: str) -> Iterator[Database]:
     database = Database(sqlite_url)
     yield database
     database.close()
+
+
+# Faults.
+
+
+class Failpoints:
+    """Arms points in this process, and in those that it starts from now on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def arm(self, point: str, do: Literal["kill", "stop", "sleep", "raise"] = "kill", **fault: Any) -> None:
+        failpoints.arm(self.folder, point, Fault(do=do, **fault))
+
+    def is_armed(self, point: str) -> bool:
+        """False once it has acted."""
+        return failpoints.is_armed(self.folder, point)
+
+
+@pytest.fixture
+def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Failpoints]:
+    folder = tmp_path / "failpoints"
+    folder.mkdir()
+    monkeypatch.setenv(failpoints.VARIABLE, str(folder))
+    failpoints.watch(folder)
+    yield Failpoints(folder)
+    failpoints.watch(None)
 
 
 # The broker and the object stores.

@@ -10,12 +10,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
+from lora_engine import failpoints
 from worker.channel import News, Stop, decode, encode
 
 log = logging.getLogger(__name__)
 # The host computes on untrusted data: it gets what it needs to compute, and no credentials.
 _HANDED_ON = ("PATH", "HOME", "LANG", "LC_", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHON", "LD_", "CUDA", "NVIDIA", "OMP_",
-              "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_", "TRITON_", "XDG_CACHE_HOME", "TOKENIZERS_", "BNB_")  # fmt: skip
+              "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_", "TRITON_", "XDG_CACHE_HOME", "TOKENIZERS_", "BNB_",
+              failpoints.VARIABLE)  # fmt: skip
 # The kernel kills a child with the *thread* that started it: this one lives as long as the process.
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="host starter")
 

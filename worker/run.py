@@ -14,6 +14,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from lora_engine import failpoints
 from lora_engine.base_files import digest_of
 from service import leases
 from service import storage as objects
@@ -144,6 +145,7 @@ def _work(attempt: Attempt, reporter: Reporter, folder: Path) -> None:
     _commit(attempt, reporter, lambda session: leases.start(session, attempt.claim))
     verb, order = orders.prepare(attempt.database, attempt.storage, attempt.claim, folder)
     attempt.host.order(verb, **order)
+    failpoints.reach("worker.ordered")
     listener = _Listener(attempt, reporter)
     while not listener.ended:
         news = attempt.host.next_news(_LOOK_SECONDS)
@@ -239,7 +241,9 @@ class _Listener:
             leases.add_checkpoint(session, attempt.claim, step, prefix, manifest)
             superseded[:] = leases.forget_checkpoints(session, attempt.claim, _KEPT_CHECKPOINTS)
 
+        failpoints.reach("worker.checkpoint_uploaded")
         self._commit(record)
+        failpoints.reach("worker.checkpoint_recorded")
         for old in superseded:
             try:
                 attempt.storage.delete_prefix(old)
@@ -248,7 +252,9 @@ class _Listener:
 
     def _publish(self, **made: Any) -> None:
         claim, result = self._attempt.claim, self._upload(**made)
+        failpoints.reach("worker.before_publish")
         self._commit(lambda session: leases.succeed(session, claim, result))
+        failpoints.reach("worker.after_publish")
         self.ended = True
 
     def _upload(

@@ -8,6 +8,7 @@ import time
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from lora_engine import failpoints
 from service import leases
 from service.db import Database
 from service.errors import ServiceError
@@ -67,6 +68,7 @@ class Supervisor:
                 claim = self._claim()
                 if claim is None:
                     return
+                failpoints.reach("worker.claimed")
                 log.info("%s: %s, epoch %d", claim.job_id, claim.kind, claim.epoch)
                 attempt = Attempt(claim, self._settings, self._database, self._storage, host, self._drain)
                 self._heed(claim.job_id, run_job(attempt))

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_engine import adapter_header
+from lora_engine import adapter_header, failpoints
 from lora_engine.config import TrainSpec, from_mapping
 from lora_engine.errors import AdapterError, CheckpointError, Diverged
 from lora_engine.train import Training
@@ -38,6 +38,7 @@ def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
             return
         channel.send("phase", phase="writing adapter")
         metrics = training.finish()
+    failpoints.reach("host.finished")
     channel.send("finished", **adapter_result(Path(spec.output) / "adapter", metrics))
 
 
@@ -46,6 +47,7 @@ def _make_steps(training: Training, channel: HostChannel) -> bool:
     for step in training.steps():
         if step.step == 1 and training.validation_loss_before is not None:
             channel.send("evaluated", step=0, epoch=0.0, validation_loss=training.validation_loss_before)
+        failpoints.reach("host.step")
         channel.send("step", **asdict(step))
         wanted = channel.stop
         if wanted != "abandon" and (step.checkpoint_due or wanted == "checkpoint"):

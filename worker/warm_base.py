@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lora_engine import base_files, base_model
+from lora_engine import base_files, base_model, failpoints
 from lora_engine.base_model import BaseModel
 from lora_engine.config import TrainingConfig
 from lora_engine.errors import BaseModelError
@@ -33,6 +33,7 @@ class WarmBase:
             self._key = self._base = None  # free the old one before the new one needs the room
             folder = verified(base, channel)
             channel.send("phase", phase="loading base model")
+            failpoints.reach("host.loading")
             self._base = base_model.load(
                 folder,
                 quantization=training.quantization,
