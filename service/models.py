@@ -176,6 +176,7 @@ class Job(Table):
     finished_at: Mapped[float | None]
     announced_at: Mapped[float] = mapped_column(default=now())
     purged_at: Mapped[float | None]
+    trace_parent: Mapped[str | None] = mapped_column(String(55))
     parents: Mapped[list["AdapterParent"]] = relationship(order_by="AdapterParent.position")
 
 
@@ -289,3 +290,44 @@ class IdempotencyKey(Table):
     body_sha256: Mapped[str] = mapped_column(String(64))
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[float] = _created()
+
+
+class Webhook(Table):
+    """Where an owner wants to be told of ended jobs. The secret signs what is sent, so it is kept as it is."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("ix_webhooks_owner_id_id", "owner_id", "id"),)
+    id: Mapped[str] = _id()
+    owner_id: Mapped[str] = mapped_column(ForeignKey("users.id"))
+    name: Mapped[str] = mapped_column(String(100))
+    url: Mapped[str] = mapped_column(Text)
+    event_types: Mapped[list[Any]]
+    secret: Mapped[str] = mapped_column(String(100))
+    enabled: Mapped[bool] = mapped_column(default=True)
+    created_at: Mapped[float] = _created()
+
+
+class WebhookDelivery(Table):
+    """One message for one webhook, written with the job's end; its id is the message's for every attempt to send it."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("state IN ('pending', 'delivered', 'dead')", name="state"),
+        Index("ix_webhook_deliveries_webhook_id_id", "webhook_id", "id"),
+        Index("ix_webhook_deliveries_created_at", "created_at"),
+        Index("ix_webhook_deliveries_due", "next_attempt_at", postgresql_where=text("state = 'pending'"),
+              sqlite_where=text("state = 'pending'")),
+    )  # fmt: skip
+    id: Mapped[str] = _id()
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id"))
+    owner_id: Mapped[str] = mapped_column(ForeignKey("users.id"))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    event_type: Mapped[str] = mapped_column(String(40))
+    body: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(16), default="pending")
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    next_attempt_at: Mapped[float] = mapped_column(default=now())
+    last_status: Mapped[int | None] = mapped_column(Integer)
+    last_error: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[float] = _created()
+    delivered_at: Mapped[float | None]
