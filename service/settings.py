@@ -1,18 +1,23 @@
-"""Every setting, typed, with a default that runs embedded on one machine. Environment prefix: LUTHIER_."""
+"""Every setting, typed, with a default that runs embedded on one machine. Environment prefix: LUTHIER_.
+
+Any of them can lie in a file that LUTHIER_<NAME>_FILE names, as secrets do that are mounted into a container.
+"""
 
 import hashlib
 import os
 import tempfile
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal, Self
-from urllib.parse import urlsplit
+from typing import Any, Literal, Self
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 # What tutorials use. A service that is trusted with other people's data does not start with one of these.
 _PLACEHOLDERS = {"", "admin", "changeme", "change-me", "default", "luthier", "password", "postgres", "redis", "secret"}
-
+_SHORTEST_SECRET = 16
 
 # The kernel's limit for a unix socket's path is 108 bytes, less a margin for the broker's own suffixes.
 _MAX_SOCKET_PATH = 90
@@ -26,6 +31,42 @@ def _socket_path(data_dir: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"luthier-{os.getuid()}-{short}" / "valkey.sock"
 
 
+def _with_password(url: str, password: str) -> str:
+    """`url` with `password` in it, unless it has one."""
+    parts = urlsplit(url)
+    if not password or not parts.netloc or parts.password is not None:
+        return url
+    user, _, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}").geturl()
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Files(PydanticBaseSettingsSource):
+    """Values from the files that LUTHIER_<NAME>_FILE names, without the line end that editors leave."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        variable = f"LUTHIER_{field_name.upper()}"
+        path = os.environ.get(f"{variable}_FILE")
+        if not path:
+            return None, field_name, False
+        if os.environ.get(variable):
+            raise ValueError(f"{variable} and {variable}_FILE are both set; keep one")
+        try:
+            return Path(path).read_text(encoding="utf-8").strip(), field_name, False
+        except OSError as error:
+            raise ValueError(f"{variable}_FILE: {path}: {error.strerror}") from None
+
+    def __call__(self) -> dict[str, Any]:
+        found = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
 class Settings(BaseSettings):
     """Read once per process. Empty URLs mean the embedded parts below `data_dir`."""
 
@@ -33,9 +74,21 @@ class Settings(BaseSettings):
 
     environment: Literal["embedded", "production"] = "embedded"
     data_dir: Path = Field(default=Path("~/.luthier"), description="models, work files, and all data when embedded")
-    database_url: str = Field(default="", description="postgresql+psycopg://… ; empty: SQLite in data_dir")
-    broker_url: str = Field(default="", description="redis://… ; empty: Valkey on a unix socket in data_dir")
+    database_url: str = Field(default="", repr=False, description="postgresql+psycopg://… ; empty: SQLite in data_dir")
+    database_password: str = Field(default="", repr=False, description="for a database_url without one")
+    broker_url: str = Field(
+        default="", repr=False, description="redis://… ; empty: Valkey on a unix socket in data_dir"
+    )
+    broker_password: str = Field(default="", repr=False, description="for a broker_url without one")
     storage_url: str = Field(default="", description="file:///folder or s3://bucket/prefix; empty: data_dir/objects")
+
+    bind: str = Field(
+        default="", description="address:port at which a container's port is published; empty: where the API listens"
+    )
+    behind_tls: bool = Field(default=False, description="yes: a proxy with TLS stands before the API")
+    trusted_proxies: str = Field(
+        default="127.0.0.1", description="addresses, comma-separated, whose X-Forwarded-For and -Proto are believed"
+    )
 
     device: str = Field(default="auto", description='the worker\'s device: "auto", "cpu", "cuda:0" …')
     threads: int = Field(default=0, ge=0, description="CPU threads of the training process; 0: one per core")
@@ -51,6 +104,7 @@ class Settings(BaseSettings):
 
     alive_file: Path | None = Field(default=None, description="touched while the sweep goes round, for health checks")
 
+    allowed_hosts: str = Field(default="", description="names in the Host header, by commas; empty: any")
     max_upload_bytes: int = Field(default=512 << 20, gt=0)
     max_dataset_rows: int = Field(default=10_000_000, gt=0)
     max_body_bytes: int = Field(default=1 << 20, gt=0, description="of a JSON request")
@@ -58,9 +112,23 @@ class Settings(BaseSettings):
         default=32 << 20, ge=0, description="stacks of adapters that are no larger in all are made within the request"
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - their order is pydantic-settings'
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _Files(settings_cls)
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         data = self.data_dir.expanduser().resolve()
+        for name in ("database", "broker"):
+            url = _with_password(getattr(self, f"{name}_url"), getattr(self, f"{name}_password"))
+            object.__setattr__(self, f"{name}_url", url)
         embedded = {
             "data_dir": data,
             "database_url": self.database_url or f"sqlite:///{data / 'luthier.db'}",
@@ -80,8 +148,31 @@ class Settings(BaseSettings):
         url = getattr(self, name)
         if not url:
             raise ValueError(f"LUTHIER_{name.upper()} must be set in production")
-        if (urlsplit(url).password or "") in _PLACEHOLDERS:
+        password = urlsplit(url).password or ""
+        if password in _PLACEHOLDERS:
             raise ValueError(f"LUTHIER_{name.upper()} has no password, or a placeholder for one; set your own secret")
+        if len(password) < _SHORTEST_SECRET:
+            raise ValueError(f"LUTHIER_{name.upper()}: the password has fewer than {_SHORTEST_SECRET} characters")
+
+    def refuse_open_bind(self, host: str) -> None:
+        """Keys and data are not to cross a network in the clear.
+
+        Raises:
+            ValueError: others could reach the API at `host`, and nobody has said that TLS stands before it.
+        """
+        reached_at = self.bind.rpartition(":")[0] if self.bind else host
+        if not self.behind_tls and not _is_this_machine(reached_at.strip("[]")):
+            raise ValueError(
+                f"{reached_at or 'every address'} can be reached from other machines, and keys would cross the network "
+                "in the clear: put a proxy with TLS before the API and say so with LUTHIER_BEHIND_TLS=yes, "
+                "or listen on 127.0.0.1"
+            )
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The names that requests may be sent to, in small letters; none: any. Health checks come over the loopback."""
+        named = {name.strip().lower() for name in self.allowed_hosts.split(",") if name.strip()}
+        return frozenset(named | {"localhost", "127.0.0.1", "::1"} if named else ())
 
     @property
     def embedded_broker_socket(self) -> Path | None:
