@@ -24,8 +24,8 @@ from service.db import now
 
 ACTIVE = ("claimed", "running", "cancelling")
 TERMINAL = ("succeeded", "failed", "cancelled")
-STATES = ("queued", *ACTIVE, *TERMINAL)
-UNDER_WAY = ("queued", "claimed", "running")  # and nobody has asked to cancel
+STATES = ("queued", "paused", *ACTIVE, *TERMINAL)
+UNDER_WAY = ("queued", "paused", "claimed", "running")  # and nobody has asked to cancel
 
 
 def new_id(prefix: str) -> str:
@@ -122,6 +122,7 @@ class Job(Table):
     """The truth about one piece of work: a training, a merge, an export, an analysis …
 
     `epoch` is the fencing token: it rises at every claim, reap and release. A lower `priority` runs first.
+    A pause or a preemption that is asked for is a wish of the row, not a state: workers that do not know it train on.
     `recipe_digest` names a result by what it is made of; an owner has at most one such job on its way.
     """
 
@@ -160,6 +161,9 @@ class Job(Table):
     device_slot: Mapped[str | None] = mapped_column(String(200))
     lease_until: Mapped[float | None]
     cancel_requested_at: Mapped[float | None]
+    pause_requested_at: Mapped[float | None]
+    preempt_requested_at: Mapped[float | None]
+    preemptions: Mapped[int] = mapped_column(Integer, server_default="0")
     lost_without_progress: Mapped[int] = mapped_column(Integer, default=0)
 
     phase: Mapped[str | None] = mapped_column(String(40))
