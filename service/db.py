@@ -1,12 +1,15 @@
 """The database: one engine per process, transactions with one edge, and the database's own clock.
 
 SQLite runs in WAL mode with full fsync; transactions that write begin as IMMEDIATE, because a deferred one that
-turns into a writer fails at once instead of waiting. PostgreSQL needs nothing special.
+turns into a writer fails at once instead of waiting. PostgreSQL is told with every transaction whose rows it may
+show: its row-level security is a second wall behind the owner in every query. SQLite has none.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from copy import copy
+from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, Float, create_engine, event, make_url
 from sqlalchemy.ext.compiler import compiles
@@ -17,6 +20,9 @@ from lora_engine import failpoints
 
 _AFTER_COMMIT = "luthier.after_commit"
 _WRITES = "luthier_writes"
+_OF_CALLERS = "luthier_of_callers"
+# Whose request this is: set once the key was checked, and followed into the threads that work on it.
+caller: ContextVar[str] = ContextVar("caller", default="")
 
 
 class now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function that it is
@@ -56,6 +62,23 @@ class Database:
         if self.is_sqlite:
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            event.listen(self.engine, "begin", _begin_postgresql)
+
+    def of_callers(self) -> Self:
+        """The same database, in which each transaction sees the rows of its `caller` alone, or none without one.
+
+        All others see everything: the sweep, workers, the console, and the look at a key that finds out who calls.
+        """
+        view = copy(self)
+        view.engine = self.engine.execution_options(**{_OF_CALLERS: True})
+        return view
+
+    def of_everybody(self) -> Self:
+        """The way back: the inside's own work within a request."""
+        view = copy(self)
+        view.engine = self.engine.execution_options(**{_OF_CALLERS: False})
+        return view
 
     @contextmanager
     def unit_of_work(self) -> Iterator[Session]:
@@ -92,7 +115,7 @@ def after_commit(session: Session, callback: Callable[[], None]) -> None:
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver's own BEGINs are deferred; `_begin_sqlite` decides instead
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
@@ -100,3 +123,8 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     writes = connection.get_execution_options().get(_WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    owner = caller.get() if connection.get_execution_options().get(_OF_CALLERS) else "*"
+    connection.exec_driver_sql("SELECT set_config('luthier.owner', %s, true)", (owner,))
