@@ -70,7 +70,7 @@ class _Files(PydanticBaseSettingsSource):
 class Settings(BaseSettings):
     """Read once per process. Empty URLs mean the embedded parts below `data_dir`."""
 
-    model_config = SettingsConfigDict(env_prefix="LUTHIER_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="LUTHIER_", frozen=True, hide_input_in_errors=True)
 
     environment: Literal["embedded", "production"] = "embedded"
     data_dir: Path = Field(default=Path("~/.luthier"), description="models, work files, and all data when embedded")

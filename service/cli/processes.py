@@ -16,6 +16,8 @@ def api(
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
 ) -> None:
     """Serve HTTP."""
+    settings = Settings()
+    refuse_open_bind(settings, host)
     import uvicorn  # a quarter of a second that no other command needs
 
     uvicorn.run(
@@ -26,9 +28,19 @@ def api(
         log_level="info",
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=settings.trusted_proxies,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=65536,
     )
+
+
+def refuse_open_bind(settings: Settings, host: str) -> None:
+    """End the command when other machines could reach the API without TLS."""
+    try:
+        settings.refuse_open_bind(host)
+    except ValueError as error:
+        typer.echo(f"not started: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 def worker() -> None:

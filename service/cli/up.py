@@ -13,7 +13,7 @@ from sqlalchemy import select
 
 from service import base_models, users
 from service.cli.children import Child
-from service.cli.processes import is_ready
+from service.cli.processes import is_ready, refuse_open_bind
 from service.db import Database
 from service.models import User
 from service.settings import Settings
@@ -30,6 +30,7 @@ def up(
     for name in ("httpx", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = Settings()
+    refuse_open_bind(settings, host)
     for folder in (settings.data_dir, settings.run_dir, settings.models_dir, settings.work_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     import migrations  # Alembic takes half a second, which the processes that serve do not need
