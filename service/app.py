@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(Edge)
+    app.add_middleware(Edge, allowed_hosts=known.hosts)
     install(app)
     app.include_router(health.router)
     for module in (datasets, jobs, aliases, merges, adapter_jobs, adapter_uploads, adapters, artifacts, base_models):

@@ -10,6 +10,7 @@ ServiceError            status, code, category
 ├── Conflict            409  the object is not in a state that allows this
 ├── TooLarge            413  more bytes than the limit
 ├── UnsupportedMedia    415  not a format that is read here
+├── HeadersTooLarge     431  more than any request needs before its body
 ├── TooMany             429  more at once than one user may have
 ├── NoSpace             507  the disk or the object store is full
 └── Unavailable         503  a part this depends on does not answer; try again
@@ -69,6 +70,10 @@ class TooLarge(ServiceError):
 
 class UnsupportedMedia(ServiceError):
     status, code, category = 415, "unsupported_media_type", "user"
+
+
+class HeadersTooLarge(ServiceError):
+    status, code, category = 431, "headers_too_large", "user"
 
 
 class TooMany(ServiceError):

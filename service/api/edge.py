@@ -1,12 +1,13 @@
 """The outermost layer of the HTTP face: what holds for every request, whatever its route."""
 
 import logging
-from urllib.parse import unquote_to_bytes
+from collections.abc import Collection, Sequence
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import answer
-from service.errors import Malformed, NotFound, ServiceError, UnsupportedMedia
+from service.errors import HeadersTooLarge, Malformed, NotFound, ServiceError, UnsupportedMedia
 from service.models import new_id
 
 MAX_HEADER_BYTES = 32 << 10
@@ -16,8 +17,9 @@ log = logging.getLogger(__name__)
 class Edge:
     """Gives each request an id, refuses what no route takes, and turns unforeseen faults into the one error shape."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] = ()) -> None:
         self._app = app
+        self._hosts = allowed_hosts  # none: any
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,7 +37,7 @@ class Edge:
             await send(message)
 
         try:
-            refused = _refusal(scope)
+            refused = _refusal(scope) or self._unknown_host(scope)
             if refused is None:
                 await self._app(scope, receive, send_marked)
             else:
@@ -46,6 +48,22 @@ class Edge:
                 raise  # the server cuts the connection, so that nobody takes the part for the whole
             fault = ServiceError(f"something went wrong here; the logs tell more about {request_id}")
             await answer(fault)(scope, receive, send_marked)
+
+    def _unknown_host(self, scope: Scope) -> ServiceError | None:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) > 1 or (not hosts and scope["http_version"] != "1.0"):
+            return Malformed("a request names one Host")
+        if self._hosts and _name(hosts) not in self._hosts:
+            return Malformed("the Host is none of those that are served here", code="unknown_host")
+        return None
+
+
+def _name(hosts: Sequence[str]) -> str | None:
+    """Without port and brackets; None where it is none."""
+    try:
+        return urlsplit(f"//{hosts[0]}").hostname if hosts else None
+    except ValueError:
+        return None
 
 
 def _refusal(scope: Scope) -> ServiceError | None:
@@ -59,7 +77,3 @@ def _refusal(scope: Scope) -> ServiceError | None:
     if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in scope["headers"]):
         return UnsupportedMedia("compressed bodies are not read; send the bytes as they are")
     return None
-
-
-class HeadersTooLarge(ServiceError):
-    status, code, category = 431, "headers_too_large", "user"

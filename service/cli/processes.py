@@ -30,7 +30,7 @@ def api(
         server_header=False,
         forwarded_allow_ips=settings.trusted_proxies,
         timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=65536,
+        http="service.api.connection:Connection",
     )
 
 

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 
 from lora_engine.base_files import digest_of
 from service import jobs, leases, users
+from service.api.connection import Connection
 from service.app import create_app
 from service.db import Database
 from service.jobs import TrainingRequest
@@ -108,7 +109,10 @@ def open_site(settings: Settings) -> Iterator[Site]:
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The running application behind a real socket; yields its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="error", timeout_graceful_shutdown=2))
+    config = uvicorn.Config(
+        app, port=0, lifespan="off", log_level="error", timeout_graceful_shutdown=2, http=Connection
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
