@@ -12,6 +12,11 @@ def upgrade(database_url: str) -> None:
     command.upgrade(_config(database_url), "head")
 
 
+def downgrade(database_url: str, revision: str) -> None:
+    """Take the database back to an older revision, or to "base". What only newer ones have room for is lost."""
+    command.downgrade(_config(database_url), revision)
+
+
 def check(database_url: str) -> list[str]:
     """What the tables have that the migrations lack, or the other way round; empty when they agree."""
     try:

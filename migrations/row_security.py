@@ -1,7 +1,7 @@
 """Row-level security on PostgreSQL: what a table shows to a transaction, by whose request it is.
 
-`service.db` sets the variable `luthier.owner` in every transaction: to the caller's id in the API's requests, to `*` for
-the inside. A table without a fitting value shows nothing and takes nothing, so that a query which forgets its owner
+`service.db` sets the variable `luthier.owner` in every transaction: to the caller's id in the API's requests, to `*`
+for the inside. A table without a fitting value shows nothing and takes nothing, so that a query which forgets its owner
 finds no more than one that names it. FORCE holds the tables' own owner to it too; only superusers pass.
 The wall stands behind the queries, not before SQL of an attacker's own: who can set the variable chooses the rows.
 SQLite has no such thing, and nothing is done there.
@@ -21,7 +21,8 @@ def protect(connection: sa.Connection, table: str, owner_column: str) -> None:
 def protect_by_job(connection: sa.Connection, table: str) -> None:
     """Rows of `table` belong to whom their job belongs to."""
     # The jobs of the subquery are those that the same transaction sees.
-    _protect(connection, table, f"EXISTS (SELECT 1 FROM jobs WHERE jobs.id = {table}.job_id)")
+    condition = f"EXISTS (SELECT 1 FROM jobs WHERE jobs.id = {table}.job_id)"  # noqa: S608 - names of ours
+    _protect(connection, table, condition)
 
 
 def unprotect(connection: sa.Connection, table: str) -> None:

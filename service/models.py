@@ -58,12 +58,19 @@ def _created() -> Mapped[float]:
 
 
 class User(Table):
-    """Somebody whose data nobody else sees."""
+    """Somebody whose data nobody else sees. Limits that are null are those of the settings.
+
+    One who is deleted stays until everything of theirs is gone, and can do nothing meanwhile.
+    """
 
     __tablename__ = "users"
     id: Mapped[str] = _id()
     name: Mapped[str] = mapped_column(String(100), unique=True)
     created_at: Mapped[float] = _created()
+    max_unfinished_jobs: Mapped[int | None]
+    max_running_jobs: Mapped[int | None]
+    max_stored_bytes: Mapped[int | None]
+    deleted_at: Mapped[float | None]
 
 
 class ApiKey(Table):
@@ -74,7 +81,10 @@ class ApiKey(Table):
     user_id: Mapped[str] = mapped_column(ForeignKey("users.id"), index=True)
     sha256: Mapped[str] = mapped_column(String(64), unique=True)
     hint: Mapped[str] = mapped_column(String(16))
+    scope: Mapped[str] = mapped_column(String(8), default="write", server_default="write")
     created_at: Mapped[float] = _created()
+    expires_at: Mapped[float | None]
+    last_used_at: Mapped[float | None]
     revoked_at: Mapped[float | None]
 
 
@@ -132,6 +142,8 @@ class Job(Table):
         CheckConstraint(f"(state IN {ACTIVE}) = (lease_until IS NOT NULL)", name="lease"),
         CheckConstraint(f"(state IN {TERMINAL}) = (finished_at IS NOT NULL)", name="finished"),
         Index("ix_jobs_owner_id_id", "owner_id", "id"),
+        Index("ix_jobs_unfinished", "owner_id", postgresql_where=text(f"state NOT IN {TERMINAL}"),
+              sqlite_where=text(f"state NOT IN {TERMINAL}")),
         Index("ix_jobs_claimable", "priority", "run_after", "id", postgresql_where=text("state = 'queued'"),
               sqlite_where=text("state = 'queued'")),
         Index("uq_jobs_device_slot", "device_slot", unique=True, postgresql_where=text(f"state IN {ACTIVE}"),
@@ -227,6 +239,7 @@ class Adapter(Table):
     epoch: Mapped[int]
     prefix: Mapped[str] = mapped_column(Text)
     files: Mapped[list[Any]]
+    bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     digest: Mapped[str] = mapped_column(String(64))
     rank: Mapped[int] = mapped_column(Integer)
     metrics: Mapped[dict[str, Any]]
@@ -259,6 +272,7 @@ class Artifact(Table):
     epoch: Mapped[int]
     prefix: Mapped[str] = mapped_column(Text)
     files: Mapped[list[Any]]
+    bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     digest: Mapped[str] = mapped_column(String(64))
     metrics: Mapped[dict[str, Any]]
     created_at: Mapped[float] = _created()
@@ -274,6 +288,40 @@ class AdapterParent(Table):
     position: Mapped[int] = mapped_column(Integer, primary_key=True)
     parent_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"), index=True)
     weight: Mapped[float]
+
+
+class AuditEntry(Table):
+    """Who did what, or was refused it. Appended for each such request; triggers refuse to change or remove it.
+
+    It outlives whom and what it tells of, hence no foreign keys; it holds ids and addresses, nothing that was sent.
+    """
+
+    __tablename__ = "audit_log"
+    __table_args__ = (Index("ix_audit_log_user_id_id", "user_id", "id"),)
+    id: Mapped[str] = _id()
+    created_at: Mapped[float] = _created()
+    request_id: Mapped[str] = mapped_column(String(64))
+    user_id: Mapped[str | None] = mapped_column(String(64))
+    key_id: Mapped[str | None] = mapped_column(String(64))
+    address: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(200))
+    object_id: Mapped[str | None] = mapped_column(String(200))
+    status: Mapped[int] = mapped_column(Integer)
+
+
+class Erasure(Table):
+    """That a user or a dataset was erased with all that was made of it: the receipt, and until then the order."""
+
+    __tablename__ = "erasures"
+    __table_args__ = (Index("ix_erasures_owner_id_id", "owner_id", "id"),)
+    id: Mapped[str] = _id()
+    owner_id: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    subject_id: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float] = _created()
+    finished_at: Mapped[float | None]
+    purged_at: Mapped[float | None]
+    receipt: Mapped[dict[str, Any]]
 
 
 class OutboxMessage(Table):
