@@ -2,23 +2,22 @@
 
 import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import anyio
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy.exc import SQLAlchemyError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service import events, jobs, schemas
+from service.api.event_watch import BATCH, Batch, Follower
 from service.api.request import Parts
 from service.errors import Malformed, TooMany
 from service.models import TERMINAL, JobEvent
 
-POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 15.0  # proxies cut connections that are silent for a minute
+STALLED_SECONDS = 60.0  # a client that reads nothing for so long is gone; it may come back with Last-Event-ID
 MAX_STREAMS = 100  # of one owner in one process
-_BATCH = 200
 log = logging.getLogger(__name__)
 
 
@@ -50,13 +49,17 @@ async def open_stream(parts: Parts, owner_id: str, job_id: str, seq: int) -> Res
         NotFound: no such job of this owner.
         TooMany: this owner has as many streams open as one may have.
     """
-    batch, ended = await anyio.to_thread.run_sync(_poll, parts, owner_id, job_id, seq)
-    if ended and not batch:
+    batch = await anyio.to_thread.run_sync(_first, parts, owner_id, job_id, seq)
+    if batch.ended and not batch.events:
         return Response(status_code=204)
     if parts.streams[owner_id] >= MAX_STREAMS:
         raise TooMany(f"{MAX_STREAMS} event streams are open; close some first")
     parts.streams[owner_id] += 1
-    return _CountedStream(parts, owner_id, _messages(parts, owner_id, job_id, seq, batch, ended))
+    return _CountedStream(parts, owner_id, _messages(parts, job_id, seq, batch))
+
+
+class _StalledError(Exception):
+    """A client that does not read."""
 
 
 class _CountedStream(StreamingResponse):
@@ -66,39 +69,44 @@ class _CountedStream(StreamingResponse):
         self._parts, self._owner_id = parts, owner_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            with anyio.move_on_after(STALLED_SECONDS) as patience:
+                await send(message)
+            if patience.cancelled_caught:
+                raise _StalledError
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except* _StalledError:
+            log.info("an event stream ends, because its client does not read")
         finally:
             self._parts.streams[self._owner_id] -= 1
 
 
-async def _messages(
-    parts: Parts, owner_id: str, job_id: str, seq: int, batch: Sequence[JobEvent], ended: bool
-) -> AsyncIterator[str]:
-    silence = 0.0
-    while True:
-        for row in batch:
-            yield f"id: {row.seq}\nevent: {row.type}\ndata: {event(row).model_dump_json()}\n\n"
-            seq, silence = row.seq, 0.0
-        if ended:
-            return
-        if not batch:
-            await anyio.sleep(POLL_SECONDS)
-            silence += POLL_SECONDS
-        if silence >= KEEP_ALIVE_SECONDS:
-            yield ": still here\n\n"
-            silence = 0.0
-        try:
-            batch, ended = await anyio.to_thread.run_sync(_poll, parts, owner_id, job_id, seq)
-        except SQLAlchemyError as error:
-            log.warning("an event stream ends, because the database does not answer: %s", type(error).__name__)
-            return  # the client comes back with Last-Event-ID
+async def _messages(parts: Parts, job_id: str, seq: int, batch: Batch) -> AsyncIterator[str]:
+    last = batch.events[-1].seq if batch.events else seq
+    async with Follower(parts.watch, job_id, last) as follower:
+        while True:
+            if batch.events:
+                yield "".join(_message(row) for row in batch.events)
+            if batch.ended:
+                return
+            try:
+                with anyio.fail_after(KEEP_ALIVE_SECONDS):
+                    batch = await follower.next()
+            except TimeoutError:
+                batch = Batch([])
+                yield ": still here\n\n"
 
 
-def _poll(parts: Parts, owner_id: str, job_id: str, seq: int) -> tuple[list[JobEvent], bool]:
-    """The next events after `seq`, and whether they are the last there will be."""
+def _message(row: JobEvent) -> str:
+    return f"id: {row.seq}\nevent: {row.type}\ndata: {event(row).model_dump_json()}\n\n"
+
+
+def _first(parts: Parts, owner_id: str, job_id: str, seq: int) -> Batch:
+    """What there is after `seq` already. Raises NotFound: from here on the stream's id is one of the owner's."""
     with parts.database.reading() as session:
-        # The job first: its last event is written in the transaction that ends it, so an ended job has them all.
+        # The job first, as the watch does.
         job = jobs.get(session, owner_id, job_id)
-        batch = events.after(session, job_id, seq, _BATCH) if job.event_seq > seq else []
-    return batch, job.state in TERMINAL and len(batch) < _BATCH
+        rows = events.after(session, job_id, seq, BATCH) if job.event_seq > seq else []
+    return Batch(rows, job.state in TERMINAL and len(rows) < BATCH)

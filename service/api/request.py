@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
 import anyio
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter
 from lora_engine import strict_json
 from lora_engine.config import from_mapping
 from service import jobs, users
+from service.api.event_watch import Watch
 from service.db import Database
 from service.errors import Invalid, Malformed, TimedOut, TooLarge, UnsupportedMedia
 from service.settings import Settings
@@ -36,6 +38,10 @@ class Parts:
     storage: Storage
     celery: Celery
     streams: Counter[str] = field(default_factory=Counter)  # open event streams by owner
+
+    @cached_property
+    def watch(self) -> Watch:
+        return Watch(self.database)
 
 
 def _parts(request: Request) -> Parts:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from service import events, leases
-from service.api import event_stream
+from service.api import event_stream, event_watch
 from tests.servers import wait_until
 from tests.service.site import Site, listening
 
@@ -16,7 +16,7 @@ STREAM = {"accept": "text/event-stream"}
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_stream, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(event_watch, "POLL_SECONDS", 0.02)
 
 
 def parse(lines: Iterator[str]) -> Iterator[tuple[int, str, dict[str, object]]]:
@@ -54,7 +54,8 @@ def test_a_stream_follows_a_job_to_its_end(site: Site) -> None:
 
 
 def test_more_events_than_fit_one_batch_all_arrive(sqlite_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_stream, "_BATCH", 3)
+    monkeypatch.setattr(event_stream, "BATCH", 3)
+    monkeypatch.setattr(event_watch, "BATCH", 3)
     job_id = sqlite_site.train()
     with sqlite_site.database.unit_of_work() as session:
         for step in range(4):
