@@ -1,5 +1,6 @@
 """What routes are given: the parts of this process, who asks, and the body."""
 
+import base64
 import hashlib
 import json
 import re
@@ -74,18 +75,23 @@ async def chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
     Raises:
         TooLarge: at once when the length says so, or else as soon as `limit` is passed.
         TimedOut: it does not arrive, or hardly.
+        Invalid: after its end, when it is not what `Content-Digest` says (RFC 9530).
         ClientDisconnect: the client went away before the end.
     """
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
         raise TooLarge(f"the body is larger than {limit} bytes")
     stream, received, began = request.stream(), 0, anyio.current_time()
+    expected, digest = _content_sha256(request), hashlib.sha256()
     while True:
         with anyio.move_on_after(SILENCE_SECONDS) as silence:
             chunk = await anext(stream, None)
         if silence.cancelled_caught:
             raise TimedOut(f"no byte of the body came for {SILENCE_SECONDS:.0f} s")
         if chunk is None:
+            if expected is not None and digest.digest() != expected:
+                message = "Content-Digest: the body that arrived has another SHA-256; send it again"
+                raise Invalid(message, param="Content-Digest", code="checksum_mismatch")
             return
         received += len(chunk)
         if received > limit:
@@ -93,8 +99,21 @@ async def chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
         elapsed = anyio.current_time() - began
         if elapsed > SILENCE_SECONDS and received < elapsed * MIN_BYTES_PER_SECOND:
             raise TimedOut(f"the body comes slower than {MIN_BYTES_PER_SECOND} bytes a second")
+        if expected is not None:
+            digest.update(chunk)
         if chunk:
             yield chunk
+
+
+def _content_sha256(request: Request) -> bytes | None:
+    """What `Content-Digest: sha-256=:…:` says of the body; other algorithms are not looked at. Raises Malformed."""
+    given = re.search(r"(?:^|,)\s*sha-256=([^,]*)", request.headers.get("content-digest", ""))
+    if given is None:
+        return None
+    value = re.fullmatch(r":([A-Za-z0-9+/]{43}=):\s*", given[1])
+    if value is None:
+        raise Malformed("Content-Digest: write sha-256=:…: with the digest in base64", param="Content-Digest")
+    return base64.b64decode(value[1])
 
 
 def media_type(request: Request) -> str:
