@@ -1,9 +1,10 @@
 """Jobs as their owners see them: submitted, listed, cancelled. What workers do with them is in `leases`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
-from sqlalchemy import case, delete, func, select, update
+from sqlalchemy import ColumnElement, case, delete, func, not_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -14,7 +15,10 @@ from lora_engine.target_modules import Module, targets
 from service import base_models, datasets, events, queue
 from service.db import now
 from service.errors import Conflict, Invalid, NotFound
-from service.models import BaseModel, IdempotencyKey, Job, new_id
+from service.models import ACTIVE, BaseModel, IdempotencyKey, Job, new_id
+
+Status = Literal["queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
+_STOPPABLE = ("queued", "claimed", "running")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,7 @@ def page(
     limit: int,
     *,
     kind: str | None = None,
-    states: Sequence[str] | None = None,
+    status: Status | None = None,
 ) -> tuple[list[Job], bool]:
     """The owner's jobs, newest first, below the id `after`; and whether there are more."""
     rows = select(Job).where(Job.owner_id == owner_id)
@@ -99,28 +103,94 @@ def page(
         rows = rows.where(Job.id < after)
     if kind is not None:
         rows = rows.where(Job.kind == kind)
-    if states is not None:
-        rows = rows.where(Job.state.in_(states))
+    if status is not None:
+        rows = rows.where(_has_status(status))
     found = list(session.scalars(rows.order_by(Job.id.desc()).limit(limit + 1)))
     return found[:limit], len(found) > limit
 
 
+def status(job: Job) -> Status:
+    """The state as its owner sees it."""
+    if job.pause_requested_at is not None and job.state in _STOPPABLE:
+        return "pausing"
+    return "running" if job.state in ACTIVE else job.state  # type: ignore[return-value]
+
+
+def _has_status(status: Status) -> ColumnElement[bool]:
+    """What `status` says, as a condition."""
+    pausing = Job.pause_requested_at.is_not(None) & Job.state.in_(_STOPPABLE)
+    if status == "pausing":
+        return pausing
+    return Job.state.in_(ACTIVE if status == "running" else (status,)) & not_(pausing)
+
+
+def pause(session: Session, owner_id: str, job_id: str) -> Job:
+    """A queued job rests at once; a running one after a checkpoint (T12), and stays down until it is resumed.
+
+    It may still succeed, if it was about to. Asked for again, nothing changes.
+
+    Raises:
+        NotFound: no such job of this owner.
+        Conflict: it has ended already, or is being cancelled.
+    """
+    job = _locked(session, owner_id, job_id)
+    if job.state not in ("paused", *_STOPPABLE):
+        raise _over(job)
+    if job.pause_requested_at is None:
+        job.pause_requested_at = now()
+        job.state = "paused" if job.state == "queued" else job.state
+        events.append(session, job_id, "Paused" if job.state == "paused" else "Pause requested")
+        session.refresh(job)
+    return job
+
+
+def resume(session: Session, owner_id: str, job_id: str) -> Job:
+    """Back into the queue, from where it goes on at its newest checkpoint. Of a job that runs, nothing changes.
+
+    Raises:
+        NotFound: no such job of this owner.
+        Conflict: it has ended already, or is being cancelled.
+    """
+    job = _locked(session, owner_id, job_id)
+    if job.state not in ("paused", *_STOPPABLE):
+        raise _over(job)
+    if job.pause_requested_at is not None:
+        job.pause_requested_at = None
+        if job.state == "paused":
+            job.state, job.run_after, job.announced_at = "queued", now(), now()
+            queue.enqueue(session, job_id)
+        events.append(session, job_id, "Resumed")
+        session.refresh(job)
+    return job
+
+
+def prioritise(session: Session, job_id: str, priority: int) -> Job:
+    """For operators: a lower number runs first, and makes a training of a higher one give way.
+
+    Raises NotFound.
+    """
+    changed = update(Job).where(Job.id == job_id).values(priority=priority).returning(Job.id)
+    if session.scalar(changed.execution_options(synchronize_session=False)) is None:
+        raise NotFound(f"there is no job {job_id[:80]!r}")
+    return session.get_one(Job, job_id, populate_existing=True)
+
+
 def cancel(session: Session, owner_id: str, job_id: str) -> Job:
-    """A queued job ends at once; a running one stops between two steps, and never succeeds any more (T9).
+    """A queued or paused job ends at once; a running one between two steps, and never succeeds any more (T9).
 
     Raises:
         NotFound: no such job of this owner.
         Conflict: it has ended already.
     """
-    queued = Job.state == "queued"
+    rests = Job.state.in_(("queued", "paused"))
     statement = (
         update(Job)
         .where(Job.id == job_id, Job.owner_id == owner_id)
-        .where(Job.state.in_(("queued", "claimed", "running", "cancelling")))
+        .where(Job.state.in_(("queued", "paused", *ACTIVE)))
         .values(
             cancel_requested_at=func.coalesce(Job.cancel_requested_at, now()),
-            state=case((queued, "cancelled"), else_="cancelling"),
-            finished_at=case((queued, now()), else_=None),
+            state=case((rests, "cancelled"), else_="cancelling"),
+            finished_at=case((rests, now()), else_=None),
         )
         .returning(Job.state)
         .execution_options(synchronize_session=False)
@@ -129,11 +199,21 @@ def cancel(session: Session, owner_id: str, job_id: str) -> Job:
     job = get(session, owner_id, job_id)
     session.refresh(job)
     if state is None:
-        raise Conflict(
-            f"the job has already {'been ' if job.state == 'cancelled' else ''}{job.state}", code="job_ended"
-        )
+        raise _over(job)
     events.append(session, job_id, "Cancelled" if state == "cancelled" else "Cancel requested")
     return job
+
+
+def _locked(session: Session, owner_id: str, job_id: str) -> Job:
+    """`get`, and nobody else changes the row until the end of the transaction."""
+    get(session, owner_id, job_id)
+    return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+
+
+def _over(job: Job) -> Conflict:
+    if job.state == "cancelling":
+        return Conflict("the job is being cancelled", code="job_ended")
+    return Conflict(f"the job has already {'been ' if job.state == 'cancelled' else ''}{job.state}", code="job_ended")
 
 
 def submit(

@@ -2,23 +2,26 @@
 
 `Job.epoch` is the fencing token. It rises at every claim, reap and release, so whoever holds an older one changes no
 row: that raises `Fenced`, and the holder stops at once. The lease only licenses the reaper. All times are the
-database's. State machine and SQL follow what River, Oban, Solid Queue and Hatchet do, with completion fenced too.
+database's. A job that goes back rests (`paused`) if its owner asked for that, and is queued if not. State machine and
+SQL follow what River, Oban, Solid Queue and Hatchet do, with completion fenced too.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import case, func, select, update
+from sqlalchemy import Select, case, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from service import events, queue
+from service import events, queue, remarks
 from service.db import now
 from service.models import ACTIVE, Adapter, AdapterParent, Artifact, Checkpoint, Job, new_id
 
 MAX_LOSSES = 3  # losses in a row without a newer checkpoint, after which a job fails
+Wish = Literal["cancel", "drain"]
 _BACKOFF_SECONDS = 5.0
 _MAX_BACKOFF_SECONDS = 300.0
+_PAUSED_OR_QUEUED = case((Job.pause_requested_at.is_not(None), "paused"), else_="queued")
 
 
 class Fenced(Exception):
@@ -75,14 +78,7 @@ def result_prefix(claim: Claim, noun: Literal["adapter", "artifact"]) -> str:
 def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: float) -> Claim | None:
     """Take the next queued job (T3), or None when there is none or the device is in use."""
     # The CTE keeps PostgreSQL from updating more rows than LIMIT says; SQLite has one writer and ignores FOR UPDATE.
-    candidate = (
-        select(Job.id)
-        .where(Job.state == "queued", Job.run_after <= now())
-        .order_by(Job.priority, Job.run_after, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .cte("candidate")
-    )
+    candidate = claimable(Job.id).limit(1).with_for_update(skip_locked=True).cte("candidate")
     statement = (
         update(Job)
         .where(Job.id == candidate.c.id, Job.state == "queued")
@@ -109,6 +105,15 @@ def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: flo
     return Claim(row.id, row.owner_id, row.kind, row.epoch, row.attempt)
 
 
+def claimable(*columns: Any) -> Select[Any]:
+    """Of the jobs that a worker may take, these columns; the next one comes first."""
+    return (
+        select(*columns)
+        .where(Job.state == "queued", Job.run_after <= now(), Job.pause_requested_at.is_(None))
+        .order_by(Job.priority, Job.run_after, Job.id)
+    )
+
+
 def take(job: Job, holder: str, lease_seconds: float) -> None:
     """Make a new job one that the process which submits it works on itself (T3 and T4 at once).
 
@@ -129,9 +134,7 @@ def hand_over(session: Session, claim: Claim) -> None:
     if row.cancel_requested_at is not None:
         cancelled(session, claim)
         return
-    _change(session, claim, ACTIVE, **_requeued(), attempt=0, started_at=None)
-    events.append(session, claim.job_id, "Queued")
-    queue.enqueue(session, claim.job_id)
+    _give_back(session, claim, "Queued", attempt=0, started_at=None)
 
 
 def start(session: Session, claim: Claim) -> None:
@@ -140,8 +143,10 @@ def start(session: Session, claim: Claim) -> None:
     events.append(session, claim.job_id, "Running")
 
 
-def renew(session: Session, claim: Claim, lease_seconds: float, progress: Progress | None = None) -> bool:
-    """Keep the lease and tell the progress (T5). Returns whether somebody asked to cancel.
+def renew(session: Session, claim: Claim, lease_seconds: float, progress: Progress | None = None) -> Wish | None:
+    """Keep the lease and tell the progress (T5). Returns what somebody asks of the attempt.
+
+    "drain": make a checkpoint if the work can, stop, and call `release`.
 
     Raises:
         Fenced: the job is no longer this attempt's.
@@ -154,8 +159,10 @@ def renew(session: Session, claim: Claim, lease_seconds: float, progress: Progre
     row = _change(session, claim, ACTIVE, **values)
     for point in told.points:
         level: Literal["info", "warn"] = "warn" if point.get("skipped") else "info"
-        events.append(session, claim.job_id, _describe(point), type="metrics", level=level, data=point)
-    return row.cancel_requested_at is not None
+        events.append(session, claim.job_id, remarks.of_point(point), type="metrics", level=level, data=point)
+    if row.cancel_requested_at is not None:
+        return "cancel"
+    return "drain" if row.pause_requested_at is not None or row.preempt_requested_at is not None else None
 
 
 def warn(session: Session, claim: Claim, message: str) -> None:
@@ -181,6 +188,14 @@ def checkpoints(session: Session, job_id: str) -> list[Checkpoint]:
     return list(session.scalars(rows.order_by(Checkpoint.step.desc(), Checkpoint.epoch.desc())))
 
 
+def reject_checkpoint(session: Session, claim: Claim, checkpoint: Checkpoint) -> None:
+    """Forget one whose bytes do not verify, so that it does not push out a sound one. Raises Fenced."""
+    _change(session, claim, ACTIVE)
+    session.delete(session.merge(checkpoint))
+    message = f"The checkpoint at step {checkpoint.step} is missing or damaged; going on from an older one"
+    events.append(session, claim.job_id, message, level="warn")
+
+
 def forget_checkpoints(session: Session, claim: Claim, keep: int) -> list[str]:
     """Forget all but the newest `keep`; returns the prefixes whose objects nothing refers to any more."""
     _change(session, claim, ACTIVE)
@@ -199,7 +214,7 @@ def succeed(session: Session, claim: Claim, result: Result) -> None:
     _publish(session, claim, row, result)
     if claim.kind == "search":
         _record_weights(session, claim, result.metrics.get("parents", []))
-    for remark in _remarks(result.metrics):
+    for remark in remarks.of_result(result.metrics):
         events.append(session, claim.job_id, remark)
     events.append(session, claim.job_id, "Succeeded", data={result.noun: result.id})
 
@@ -238,27 +253,25 @@ def retry(session: Session, claim: Claim, code: str, message: str, *, counted: b
         cancelled(session, claim)
     elif not counted:
         delay = min(_BACKOFF_SECONDS * 2 ** min(claim.attempt - 1, 6), _MAX_BACKOFF_SECONDS)
-        _change(session, claim, ACTIVE, **_requeued(), run_after=now() + delay)
-        events.append(session, claim.job_id, f"Queued again: {message}", level="warn", data={"code": code})
+        _give_back_later(session, claim, code, message, delay)
     elif row.lost_without_progress + 1 >= MAX_LOSSES:
         text = f"gave up after {MAX_LOSSES} attempts without progress; the last one: {message}"
         fail(session, claim, code, "platform", text)
     else:
         losses = row.lost_without_progress + 1
         delay = _BACKOFF_SECONDS * 2 ** (losses - 1)
-        _change(session, claim, ACTIVE, **_requeued(), lost_without_progress=losses, run_after=now() + delay)
-        events.append(session, claim.job_id, f"Queued again: {message}", level="warn", data={"code": code})
+        _give_back_later(session, claim, code, message, delay, lost_without_progress=losses)
 
 
 def release(session: Session, claim: Claim) -> None:
-    """Give the job back after a checkpoint, because this worker stops (T12). Counts nothing against the job."""
+    """Give the job back after a checkpoint (T12): this worker stops, or the job pauses or gives way. Counts nothing."""
     row = _change(session, claim, ACTIVE)
     if row.cancel_requested_at is not None:
         cancelled(session, claim)
         return
-    _change(session, claim, ACTIVE, **_requeued())
-    events.append(session, claim.job_id, "Given back by a worker that stops; queued again")
-    queue.enqueue(session, claim.job_id)
+    gives_way = row.preempt_requested_at is not None
+    why = "Gave way to a job of higher priority" if gives_way else "Given back by a worker that stops"
+    _give_back(session, claim, f"{why}; queued again")
 
 
 def cancelled(session: Session, claim: Claim) -> None:
@@ -268,26 +281,29 @@ def cancelled(session: Session, claim: Claim) -> None:
 
 
 def reap(session: Session) -> list[str]:
-    """Jobs whose lease ran out go back to the queue, or end (T11). Returns their ids."""
+    """Jobs whose lease ran out go back to the queue, or rest, or end (T11). Returns their ids."""
     expired = select(Job.id).where(Job.lease_until < now()).with_for_update(skip_locked=True).cte("expired")
     gone = Job.lost_without_progress + 1 >= MAX_LOSSES
-    ends = case((Job.cancel_requested_at.is_not(None), "cancelled"), (gone, "failed"), else_="queued")
+    ends = case((Job.cancel_requested_at.is_not(None), "cancelled"), (gone, "failed"), else_=_PAUSED_OR_QUEUED)
     over = Job.cancel_requested_at.is_not(None) | gone
     statement = (
         update(Job)
         .where(Job.id == expired.c.id)
         .values(
             **_freed(), state=ends, lost_without_progress=Job.lost_without_progress + 1,
-            finished_at=case((over, now()), else_=None), phase=None, eta_seconds=None,
+            finished_at=case((over, now()), else_=None), phase=None, eta_seconds=None, preempt_requested_at=None,
         )
         .returning(Job.id, Job.state)
         .execution_options(synchronize_session=False)
     )  # fmt: skip
+    _settle(session)
     rows = session.execute(statement).all()
     for job_id, state in rows:
         if state == "queued":
             events.append(session, job_id, "The worker was lost; queued again", level="warn")
             queue.enqueue(session, job_id)
+        elif state == "paused":
+            events.append(session, job_id, "The worker was lost; paused", level="warn")
         elif state == "cancelled":
             events.append(session, job_id, "Cancelled")
         else:
@@ -298,15 +314,26 @@ def reap(session: Session) -> list[str]:
     return [row.id for row in rows]
 
 
+def _settle(session: Session) -> None:
+    """Rest for queued jobs that shall: workers of an older release give a job back without looking at the wish."""
+    wished = (Job.state == "queued", Job.pause_requested_at.is_not(None))
+    statement = update(Job).where(*wished).values(state="paused").returning(Job.id, Job.state)
+    for row in session.execute(statement.execution_options(synchronize_session=False)).all():
+        events.append(session, row.id, "Paused")
+
+
 def _change(session: Session, claim: Claim, states: tuple[str, ...], **values: Any) -> Any:
     """Compare and set. The row stays locked until the end of the transaction."""
     statement = (
         update(Job)
         .where(Job.id == claim.job_id, Job.epoch == claim.epoch, Job.state.in_(states))
         .values(**values or {"epoch": Job.epoch})
-        .returning(Job.cancel_requested_at, Job.lost_without_progress, Job.base_model_id, Job.name)
+        .returning(
+            Job.state, Job.cancel_requested_at, Job.pause_requested_at, Job.preempt_requested_at,
+            Job.lost_without_progress, Job.base_model_id, Job.name,
+        )
         .execution_options(synchronize_session=False)
-    )
+    )  # fmt: skip
     row = session.execute(statement).first()
     if row is None:
         raise Fenced(claim.job_id)
@@ -321,8 +348,25 @@ def _freed() -> dict[str, Any]:
     return {"epoch": Job.epoch + 1, "lease_until": None, "worker_id": None, "device_slot": None}
 
 
-def _requeued() -> dict[str, Any]:
-    return {**_freed(), "state": "queued", "phase": None, "eta_seconds": None, "announced_at": now()}
+def _given_back() -> dict[str, Any]:
+    changed = {"state": _PAUSED_OR_QUEUED, "phase": None, "eta_seconds": None, "preempt_requested_at": None}
+    return {**_freed(), **changed, "announced_at": now()}
+
+
+def _give_back(session: Session, claim: Claim, queued: str, **values: Any) -> None:
+    """To rest, if the owner asked for that, or else into the queue, which is then told as `queued`."""
+    if _change(session, claim, ACTIVE, **_given_back(), **values).state == "paused":
+        events.append(session, claim.job_id, "Paused")
+    else:
+        events.append(session, claim.job_id, queued)
+        queue.enqueue(session, claim.job_id)
+
+
+def _give_back_later(session: Session, claim: Claim, code: str, message: str, seconds: float, **values: Any) -> None:
+    """After a loss, with its reason; nobody is to take the job before some time has passed."""
+    row = _change(session, claim, ACTIVE, **_given_back(), run_after=now() + seconds, **values)
+    told = "Paused" if row.state == "paused" else "Queued again"
+    events.append(session, claim.job_id, f"{told}: {message}", level="warn", data={"code": code})
 
 
 def _is_published(session: Session, result: Result) -> bool:
@@ -344,26 +388,3 @@ def _record_weights(session: Session, claim: Claim, parents: list[dict[str, Any]
     rows = select(AdapterParent, Adapter.digest).join(Adapter, Adapter.id == AdapterParent.parent_id)
     for parent, digest in session.execute(rows.where(AdapterParent.job_id == claim.job_id)):
         parent.weight = found.get(digest, parent.weight)
-
-
-def _remarks(metrics: dict[str, Any]) -> list[str]:
-    """What the owner of a finished training should know beyond its numbers."""
-    remarks = []
-    if metrics.get("stopped_early"):
-        remarks.append(f"Stopped early after step {metrics['steps']}: the validation loss did not fall any more")
-    if metrics.get("best_step") is not None and metrics["best_step"] != metrics["steps"]:
-        remarks.append(f"The adapter is that of step {metrics['best_step']}, where the validation loss was lowest")
-    if metrics.get("overfitting_epoch") is not None:
-        remarks.append(
-            f"Overfitting began at epoch {metrics['overfitting_epoch']:.2f}: "
-            "from there on the validation loss rose while the training loss fell"
-        )
-    return remarks
-
-
-def _describe(point: dict[str, Any]) -> str:
-    if point.get("skipped"):
-        return f"Step {point.get('step', 0)} was skipped: its loss or its gradient was not finite"
-    if "validation_loss" in point:
-        return f"Step {point.get('step', 0)}: validation loss {point['validation_loss']:.4f}"
-    return f"Step {point.get('step', 0)}: loss {point.get('loss', 0.0):.4f}"

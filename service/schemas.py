@@ -89,7 +89,7 @@ class Job(Model):
     object: Literal["job"] = "job"
     kind: JobKind
     name: str
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    status: Literal["queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
     phase: str | None
     base_model: str
     dataset: str | None

@@ -99,6 +99,9 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(default=10, gt=0, description="how often a worker looks for jobs without being told")
     sweep_seconds: float = Field(default=10, gt=0, description="how often expired leases and unsent messages are swept")
     rewake_seconds: float = Field(default=30, gt=0, description="age at which a queued job is announced again")
+    preempt_after_seconds: float = Field(
+        default=30, gt=0, description="a job that has waited so long makes a training of lower priority give way"
+    )
     cancel_grace_seconds: float = Field(default=30, gt=0, description="from a cancel to SIGKILL of its process")
     drain_grace_seconds: float = Field(default=120, gt=0, description="time a stopping worker has for its checkpoint")
 

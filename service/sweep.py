@@ -16,7 +16,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from lora_engine import failpoints
-from service import datasets, leases, queue, scratch
+from service import datasets, leases, preemption, queue, scratch
 from service.db import Database, now
 from service.errors import ServiceError
 from service.models import TERMINAL, Adapter, Artifact, Job, OutboxMessage
@@ -49,6 +49,7 @@ class Sweep:
     def once(self) -> None:
         """Everything there is to do now. Faults of one part are logged and leave the others to run."""
         if self._guarded("reap", self._reap):
+            self._guarded("preempt", self._preempt)
             self._guarded("relay", self._relay)
             self._guarded("rewake", self._rewake)
             self._guarded("purge", self._purge)
@@ -97,6 +98,12 @@ class Sweep:
             raise
         for job_id in reaped:
             log.warning("sweep: the lease of %s had run out", job_id)
+
+    def _preempt(self) -> None:
+        with self._database.unit_of_work() as session:
+            asked = preemption.preempt(session, self._settings.preempt_after_seconds)
+        if asked is not None:
+            log.info("sweep: %s is to give way to a job of higher priority", asked)
 
     def _relay(self) -> None:
         queue.relay(self._database, self._celery)

@@ -21,7 +21,7 @@ _CUT_SECONDS = 600.0  # without a database for longer than this, the work stops
 
 
 class Reporter:
-    """Renews the lease while its block runs. `cancel_requested`, `fenced` and `cut_off` say what it learnt."""
+    """Renews the lease while its block runs. `wish`, `fenced` and `cut_off` say what it learnt."""
 
     def __init__(self, database: Database, claim: Claim, settings: Settings) -> None:
         self._database, self._claim, self._settings = database, claim, settings
@@ -32,7 +32,7 @@ class Reporter:
         self._wake = threading.Event()
         self._ending = threading.Event()
         self._renewed = time.monotonic()
-        self.cancel_requested = False
+        self.wish: leases.Wish | None = None  # a cancel stays; a drain may be taken back by a resume
         self.fenced = False
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -78,9 +78,9 @@ class Reporter:
             told, points = dict(self._told), tuple(islice(self._points, _POINTS_AT_ONCE))
         with self._database.unit_of_work() as session:
             progress = Progress(**told, points=points)
-            cancel = leases.renew(session, self._claim, self._settings.lease_seconds, progress)
+            wish = leases.renew(session, self._claim, self._settings.lease_seconds, progress)
         self._renewed = time.monotonic()
-        self.cancel_requested = self.cancel_requested or cancel
+        self.wish = wish
         with self._lock:
             for _ in points:
                 self._points.popleft()

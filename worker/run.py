@@ -202,11 +202,11 @@ class _Listener:
             return
         if reporter.fenced:
             raise Fenced(attempt.claim.job_id)
-        if reporter.cancel_requested and not self._cancelling:
+        if reporter.wish == "cancel" and not self._cancelling:
             self._cancelling = True
             attempt.host.stop("abandon")
             self._kill_at = time.monotonic() + attempt.settings.cancel_grace_seconds
-        elif (attempt.drain.is_set() or reporter.cut_off) and self._kill_at is None:
+        elif (attempt.drain.is_set() or reporter.cut_off or reporter.wish == "drain") and self._kill_at is None:
             attempt.host.stop("checkpoint")
             self._kill_at = time.monotonic() + attempt.settings.drain_grace_seconds
         elif self._kill_at is not None and time.monotonic() > self._kill_at:

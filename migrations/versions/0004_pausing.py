@@ -53,6 +53,4 @@ def _replace_index(under_way: str) -> None:
     op.drop_index("uq_jobs_recipe_digest", table_name="jobs")
     where = sa.text(under_way)
     columns = ["owner_id", "recipe_digest"]
-    op.create_index(
-        "uq_jobs_recipe_digest", "jobs", columns, unique=True, postgresql_where=where, sqlite_where=where
-    )
+    op.create_index("uq_jobs_recipe_digest", "jobs", columns, unique=True, postgresql_where=where, sqlite_where=where)

@@ -25,10 +25,9 @@ from service.api.request import (
     idempotency,
     parse,
 )
-from service.models import ACTIVE, Adapter, Artifact, Job
+from service.models import Adapter, Artifact, Job
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
-Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
 @router.post(
@@ -55,11 +54,10 @@ def list_jobs(
     after: After = None,
     limit: Limit = 20,
     kind: schemas.JobKind | None = None,
-    status: Status | None = None,
+    status: jobs.Status | None = None,
 ) -> schemas.Jobs:
-    states = None if status is None else ACTIVE if status == "running" else (status,)
     with parts.database.reading() as session:
-        rows, more = jobs.page(session, caller.user_id, after, limit, kind=kind, states=states)
+        rows, more = jobs.page(session, caller.user_id, after, limit, kind=kind, status=status)
         return schemas.Jobs.of(job_objects(session, rows), more)
 
 
@@ -71,9 +69,26 @@ def get_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
 
 @router.post("/{job_id}/cancel", status_code=202, summary="Cancel a job", responses=documented(404, 409))
 def cancel_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
-    """A queued job ends at once, a running one between two steps; neither can succeed any more."""
+    """A queued or paused job ends at once, a running one between two steps; none can succeed any more."""
     with parts.database.unit_of_work() as session:
         return job_objects(session, [jobs.cancel(session, caller.user_id, job_id)])[0]
+
+
+@router.post("/{job_id}/pause", status_code=202, summary="Pause a job", responses=documented(404, 409))
+def pause_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
+    """A queued job rests at once; a training makes a checkpoint first and goes on from there once it is resumed.
+
+    Other work begins again when it is resumed. A job that is about to end may end all the same.
+    """
+    with parts.database.unit_of_work() as session:
+        return job_objects(session, [jobs.pause(session, caller.user_id, job_id)])[0]
+
+
+@router.post("/{job_id}/resume", status_code=202, summary="Resume a job", responses=documented(404, 409))
+def resume_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
+    """A paused job goes back into the queue; nothing changes for one that is not paused."""
+    with parts.database.unit_of_work() as session:
+        return job_objects(session, [jobs.resume(session, caller.user_id, job_id)])[0]
 
 
 @router.get(
@@ -164,7 +179,7 @@ def _job(row: Job, adapter: Adapter | None, artifact: Artifact | None) -> schema
         id=row.id,
         kind=row.kind,  # type: ignore[arg-type]
         name=row.name,
-        status="running" if row.state in ACTIVE else row.state,  # type: ignore[arg-type]
+        status=jobs.status(row),
         phase=row.phase,
         base_model=row.base_model_id,
         dataset=row.dataset_id,

@@ -121,7 +121,7 @@ def test_pages_are_newest_first_and_the_owners_only(database: Database, owner: s
     assert (more, no_more) == (True, False)
     with database.reading() as session:
         assert jobs.page(session, owner, None, 9, kind="merge")[0] == []
-        assert jobs.page(session, owner, None, 9, states=["failed"])[0] == []
+        assert jobs.page(session, owner, None, 9, status="failed")[0] == []
 
 
 def test_another_owners_job_is_not_there(database: Database, owner: str) -> None:

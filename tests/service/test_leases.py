@@ -94,7 +94,7 @@ def test_renewing_keeps_the_lease_and_tells_the_progress(database: Database) -> 
     points = ({"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25})
     with database.unit_of_work() as session:
         told = Progress(phase="training", step=2, total_steps=9, eta_seconds=7.5, points=points)
-        assert leases.renew(session, claim, LEASE, told) is False
+        assert leases.renew(session, claim, LEASE, told) is None
     assert reap(database) == []
     job = job_of(database, claim.job_id)
     assert (job.phase, job.step, job.total_steps, job.eta_seconds) == ("training", 2, 9, 7.5)
