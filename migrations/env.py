@@ -21,6 +21,9 @@ def run(database_url: str) -> None:
 
 def _migrate(connection: Connection, *, is_sqlite: bool) -> None:
     if not is_sqlite:
+        # The limits of requests are none for migrations: one waits for another, and an index takes its time.
+        for limit in ("lock_timeout", "statement_timeout"):
+            connection.execute(text(f"SET LOCAL {limit} = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
     context.configure(connection=connection, target_metadata=Table.metadata, compare_type=True)
     with context.begin_transaction():

@@ -20,6 +20,8 @@ from lora_engine import failpoints
 
 _AFTER_COMMIT = "luthier.after_commit"
 _WRITES = "luthier_writes"
+# Nobody waits for long: not for a lock, not for a statement, and not for a process that stands still in a transaction.
+_LIMITS = "-c lock_timeout=5s -c statement_timeout=30s -c idle_in_transaction_session_timeout=30s"
 _OF_CALLERS = "luthier_of_callers"
 # Whose request this is: set once the key was checked, and followed into the threads that work on it.
 caller: ContextVar[str] = ContextVar("caller", default="")
@@ -57,7 +59,8 @@ class Database:
             # A full pool or a dead server answers 503 soon instead of holding the request.
             # The keepalives end a connection whose other side has vanished without a word.
             alive = {"keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
-            options |= {"pool_timeout": 2, "connect_args": {"connect_timeout": 5, **alive}}
+            limits = f"{parsed.query.get('options', '')} {_LIMITS}"
+            options |= {"pool_timeout": 2, "connect_args": {"connect_timeout": 5, "options": limits, **alive}}
         self.engine: Engine = create_engine(parsed, **options)
         if self.is_sqlite:
             event.listen(self.engine, "connect", _configure_sqlite)

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -66,18 +67,21 @@ def fetch(storage: Storage, key: str, path: Path, sha256: str) -> None:
     """Copy an object to a local file and compare its SHA-256.
 
     Raises:
-        ObjectMissing, ObjectDamaged: and no file is left.
+        ObjectMissing, ObjectDamaged, Unavailable, OSError: and no file is left.
     """
     digest = hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for chunk in storage.read(key):
-            failpoints.reach("storage.fetching")
-            digest.update(chunk)
-            file.write(chunk)
-    if digest.hexdigest() != sha256:
-        path.unlink()
-        raise ObjectDamaged(key)
+    try:
+        with path.open("wb") as file:
+            for chunk in storage.read(key):
+                failpoints.reach("storage.fetching")
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != sha256:
+            raise ObjectDamaged(key)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def put_folder(storage: Storage, prefix: str, folder: Path, *, last: str | None = None) -> list[dict[str, Any]]:
@@ -188,15 +192,29 @@ def _chunks(file: Any, start: int, length: int | None) -> Iterator[bytes]:
 
 
 class S3Storage:
-    """An S3 bucket, or anything that speaks its protocol."""
+    """An S3 bucket, or anything that speaks its protocol.
 
-    def __init__(self, bucket: str, prefix: str = "") -> None:
+    What fails in passing is tried again, after pauses that grow and are drawn by chance, for `patience` in all; one
+    request may take `request_timeout`. All requests are safe to repeat: a key is only ever written with one content.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        request_timeout: timedelta = timedelta(seconds=30),
+        patience: timedelta = timedelta(seconds=60),
+    ) -> None:
         config: dict[str, Any] = {}
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         if endpoint:
             config["endpoint"] = endpoint
-        client: Any = {"allow_http": bool(endpoint and endpoint.startswith("http://")), "timeout": "60s"}
-        self._store = S3Store(bucket, prefix=prefix or None, client_options=client, **config)
+        allow_http = bool(endpoint and endpoint.startswith("http://"))
+        client: Any = {"allow_http": allow_http, "timeout": request_timeout, "connect_timeout": timedelta(seconds=5)}
+        backoff: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2}
+        retry: Any = {"max_retries": 20, "retry_timeout": patience, "backoff": backoff}
+        self._store = S3Store(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **config)
 
     def put_file(self, key: str, path: Path, sha256: str) -> None:
         with _translated(key):

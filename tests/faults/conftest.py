@@ -1,0 +1,20 @@
+"""Parts that fail on demand."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests import servers
+from tests.faults import store
+from tests.faults.store import FakeStore
+
+
+@pytest.fixture
+def fake_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStore]:
+    """An S3 store that AWS_* point to; its bucket is any."""
+    fake = FakeStore()
+    with store.listening(fake) as url:
+        for name, value in servers.S3_CREDENTIALS.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        yield fake
