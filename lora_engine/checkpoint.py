@@ -3,15 +3,18 @@
     step-00000042/
         state.safetensors   adapter and optimizer
         state.json          step, running metrics, and the fingerprint of the spec and data it belongs to
-        MANIFEST.json       size and SHA-256 of both
+        MANIFEST.json       size and SHA-256 of both, what they are of, and a SHA-256 of its own
 
 A folder appears whole or not at all. A flipped bit would resume without complaint and end in another adapter; the
-manifest is there to refuse it.
+manifest is there to refuse it. No random state is among the files: order of the examples and dropout follow from the
+spec, the dataset and the step.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,8 @@ def save(parent: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
             name: {"size": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)}
             for name in (_STATE, _TENSORS)
         }
-        _write_json(temporary / _MANIFEST, {"files": files})
+        made_of = {"step": step, "fingerprint": state.get("fingerprint"), "versions": _versions()}
+        _write_json(temporary / _MANIFEST, _sealed({"files": files, **made_of}))
     # Those of later steps are of another run: this one's are never the ones to go.
     for old in [path for path in existing(parent) if path.name <= folder.name][:-KEPT]:
         # Out of sight first: whoever still reads it finds it whole or gone.
@@ -54,7 +58,11 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: a file is missing, of another size or of another content than the manifest says.
     """
-    files = _read_json(folder / _MANIFEST).get("files")
+    manifest = _read_json(folder / _MANIFEST)
+    files = manifest.get("files")
+    # Versions before this one wrote the files alone.
+    if set(manifest) != {"files"} and _sealed(manifest) != manifest:
+        raise CheckpointError(f"{folder.name}: the manifest is not what was written")
     if not isinstance(files, dict) or set(files) != {_STATE, _TENSORS}:
         raise CheckpointError(f"{folder.name}: the manifest does not list the files of a checkpoint")
     for name, expected in files.items():
@@ -86,6 +94,16 @@ def restore(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in into.items():
             tensor.copy_(tensors[name])
+
+
+def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """With a SHA-256 of everything else in it."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("luthier", "torch", "safetensors")}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -261,14 +261,13 @@ def apply(run: Pass, choice: Choice) -> None:
 def shrunk(run: Pass, choice: Choice, longest: int) -> Choice | None:
     """What to try after `choice` ran out of memory; None: nothing is left.
 
-    Every layer is recomputed, then kept dequantised weights are let go, then micro-batches are halved.
+    Twice at most, so that each must help: first everything that leaves the sums as they are, every layer recomputed
+    and no weights kept dequantised; then micro-batches as small as can be, and as many more of them.
     """
-    if choice.recomputed_layers < run.layers:
-        return replace(choice, recomputed_layers=run.layers)
-    if choice.dequantize_once:
-        return replace(choice, dequantize_once=False)
+    if choice.recomputed_layers < run.layers or choice.dequantize_once:
+        return replace(choice, recomputed_layers=run.layers, dequantize_once=False)
     if choice.micro_batch_tokens > longest:
-        return replace(choice, micro_batch_tokens=max(longest, choice.micro_batch_tokens // 2))
+        return replace(choice, micro_batch_tokens=longest)
     return None
 
 
@@ -276,7 +275,10 @@ def shrink(run: Pass, choice: Choice, longest: int, device: torch.device) -> Cho
     """Set `run` up as `shrunk` says, and return that choice. Raises OutOfMemory where nothing is left to try."""
     smaller = shrunk(run, choice, longest)
     if smaller is None:
-        raise OutOfMemory(f"a micro-batch of {choice.micro_batch_tokens} tokens did not fit")
+        raise OutOfMemory(
+            f"a micro-batch of {choice.micro_batch_tokens} tokens did not fit, with every layer recomputed; "
+            "lower sequence_length or the rank, or use nf4"
+        )
     if device.type == "cuda":
         torch.cuda.empty_cache()
     apply(run, smaller)

@@ -10,7 +10,7 @@ with Training(spec, base) as training:
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -45,8 +45,10 @@ class _Progress:
 class Training:
     """One job on a base model, which it gives back unchanged when closed."""
 
-    def __init__(self, spec: TrainSpec, base: BaseModel) -> None:
+    def __init__(self, spec: TrainSpec, base: BaseModel, pulse: Callable[[], None] | None = None) -> None:
         """Tokenise, split, attach the adapter and plan. No sequence is longer than the base model's positions reach.
+
+        `pulse` is called before every micro-batch, as a sign that the job goes on.
 
         Raises:
             SpecError: target modules that the base model does not have.
@@ -55,7 +57,7 @@ class Training:
         """
         config = spec.training
         self.spec = spec
-        self._base = base
+        self._base, self._pulse = base, pulse
         if base.device.type == "cpu":
             machine.keep_freed_memory()
         modules = linear_modules(base.model)
@@ -206,9 +208,15 @@ class Training:
         def made() -> tuple[float, list[passes.Batch]]:
             self._adapted.gradients.zero_()
             batches = self._batches(step)
-            return sum(self._run.gradients(batch, targets, dropout) for batch in batches), batches
+            return sum(self._run.gradients(batch, targets, dropout) for batch in self._each(batches)), batches
 
         return machine.within_memory(made, self._shrink)
+
+    def _each(self, batches: Iterable[passes.Batch]) -> Iterator[passes.Batch]:
+        for batch in batches:
+            if self._pulse is not None:
+                self._pulse()
+            yield batch
 
     def _shrink(self) -> None:
         smaller = plan.shrink(self._run, self.plan.choice, self.plan.longest, self._base.device)
@@ -252,7 +260,7 @@ class Training:
         def made() -> float:
             # No more at once than a step was planned for.
             tokens = min(self.plan.micro_batch_tokens, self.spec.training.global_batch * self.plan.longest)
-            return sum(self._run.loss(batch) for batch in self._run.batches(self._held_out, tokens))
+            return sum(self._run.loss(batch) for batch in self._each(self._run.batches(self._held_out, tokens)))
 
         loss = machine.within_memory(made, self._shrink) / sum(document.trained_tokens for document in self._held_out)
         self._history.add_evaluation(self._progress.step, loss)

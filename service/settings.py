@@ -76,6 +76,12 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default=Path("~/.luthier"), description="models, work files, and all data when embedded")
     database_url: str = Field(default="", repr=False, description="postgresql+psycopg://… ; empty: SQLite in data_dir")
     database_password: str = Field(default="", repr=False, description="for a database_url without one")
+    api_database_password: str = Field(
+        default="", repr=False, description="for `luthier migrate`: of the role luthier_api, which it makes"
+    )
+    worker_database_password: str = Field(
+        default="", repr=False, description="for `luthier migrate`: of the role luthier_worker, which it makes"
+    )
     broker_url: str = Field(
         default="", repr=False, description="redis://… ; empty: Valkey on a unix socket in data_dir"
     )
@@ -105,6 +111,30 @@ class Settings(BaseSettings):
     cancel_grace_seconds: float = Field(default=30, gt=0, description="from a cancel to SIGKILL of its process")
     drain_grace_seconds: float = Field(default=120, gt=0, description="time a stopping worker has for its checkpoint")
 
+    stall_seconds: float = Field(
+        default=300, gt=0, description="a training without a sign of life for so long, and ten steps, is started again"
+    )
+    min_free_bytes: int = Field(
+        default=256 << 20, ge=0, description="of disk for the work files; a worker with less takes no job"
+    )
+    kernel_log: Path | None = Field(
+        default=None, description="where the GPU driver's Xid events are read; empty: /dev/kmsg, where there is a GPU"
+    )
+
+    webhooks: bool = Field(default=False, description="let users have requests sent to URLs of theirs")
+    webhooks_over_http: bool = Field(default=False, description="…also without TLS")
+    webhook_networks: str = Field(
+        default="", description="networks, by commas, that webhooks may reach although they are not public: 10.1.2.0/24"
+    )
+
+    log_format: Literal["", "text", "json"] = Field(default="", description="empty: json in production, else text")
+    metrics_bind: str = Field(
+        default="", description="address:port where each process answers Prometheus at /metrics; empty: nowhere"
+    )
+    otlp_endpoint: str = Field(
+        default="", description="http://collector:4318: traces by OpenTelemetry (extra `traces`); empty: none"
+    )
+
     alive_file: Path | None = Field(default=None, description="touched while the sweep goes round, for health checks")
 
     allowed_hosts: str = Field(default="", description="names in the Host header, by commas; empty: any")
@@ -113,6 +143,18 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=1 << 20, gt=0, description="of a JSON request")
     max_merge_in_request_bytes: int = Field(
         default=32 << 20, ge=0, description="stacks of adapters that are no larger in all are made within the request"
+    )
+
+    requests_per_second: float = Field(
+        default=100, gt=0, description="of one API key, in each process that serves HTTP; ten times as many at once"
+    )
+    refusals_per_second: float = Field(
+        default=1, gt=0, description="requests of one address without a good key, likewise; sixty times as many at once"
+    )
+    max_unfinished_jobs: int = Field(default=1000, gt=0, description="of one user, unless the operator set another")
+    max_running_jobs: int = Field(default=0, ge=0, description="of one user at once, likewise; 0: any number")
+    max_stored_bytes: int = Field(
+        default=100 << 30, gt=0, description="of one user's datasets, adapters and artifacts, likewise"
     )
 
     @classmethod

@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ class Host:
         command = [sys.executable, "-m", "worker.host", str(os.getpid()), device, str(threads)]
         environment = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)}
         environment["HF_HUB_OFFLINE"] = "1"
+        environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as `device_faults` counts them
         # NumPy's products here are of small matrices, over which its threads wait for each other.
         environment.setdefault("OPENBLAS_NUM_THREADS", "1")
         self._process = _starter.submit(
@@ -88,6 +90,10 @@ class Host:
             raise HostDied(self._process.wait())
         self._idle_since = time.monotonic()
         return news
+
+    def dump_stacks(self) -> None:
+        """Have the host write to the log where each of its threads is."""
+        self._process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
         self._process.kill()

@@ -6,6 +6,7 @@ worker: the kernel kills it, and should that fail, its stdin ends.
 
 import ctypes
 import errno
+import faulthandler
 import logging
 import os
 import signal
@@ -43,6 +44,8 @@ def main() -> None:
     """Carry out orders until the worker ends."""
     _die_with_parent(int(sys.argv[1]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s host %(message)s")
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the worker asks with it where a host hangs
     channel = HostChannel()
     warm = WarmBase(device=sys.argv[2], threads=int(sys.argv[3]))
     channel.send("ready")
@@ -69,11 +72,13 @@ def _carry_out(order: News, channel: HostChannel, warm: WarmBase) -> None:
         channel.send("failed", **_reason(AdapterError(message)))
     except (OSError, SafetensorError) as error:
         log.exception("order %s", order.event)
-        if order.event != "train" and getattr(error, "errno", None) in _FULL:
-            # A training goes on from its checkpoint once there is room; this would begin again and end here again.
-            channel.send("failed", code="disk_full", category="capacity", message="the worker's disk is full")
-            return
-        channel.send("interrupted", code="io_error", message=f"{getattr(error, 'strerror', None) or error}")
+        full = {"code": "disk_full", "message": "the worker's disk is full"}
+        if getattr(error, "errno", None) not in _FULL:
+            channel.send("interrupted", code="io_error", message=f"{getattr(error, 'strerror', None) or error}")
+        elif order.event == "train":  # goes on from its checkpoint once there is room
+            channel.send("interrupted", **full)
+        else:  # would begin again and end here again
+            channel.send("failed", **full, category="capacity")
     except Exception as error:
         # Nobody knows what state this process is in now; the next one starts afresh.
         log.exception("order %s", order.event)

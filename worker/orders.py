@@ -23,7 +23,8 @@ def prepare(database: Database, storage: Storage, claim: Claim, folder: Path) ->
     """(verb, order) for the host. No transaction is open while files are fetched.
 
     Raises:
-        ObjectMissing, ObjectDamaged, ServiceError: a file could not be had.
+        ObjectMissing, ObjectDamaged, ServiceError: a file could not be had, or does not fit on the disk.
+        Fenced: the job is no longer this attempt's.
     """
     return claim.kind, _ORDERS[claim.kind](database, storage, claim, folder)
 
@@ -147,6 +148,8 @@ def _fetch_sources(database: Database, storage: Storage, claim: Claim, folder: P
     with database.reading() as session:
         job = session.get_one(Job, claim.job_id)
         found = session.scalars(_rows(job)).all()
+    # The result may be as large as they are together.
+    workspace.check_room(folder, 2 * sum(int(file["size"]) for adapter in found for file in adapter.files))
     for adapter in found:
         adapters.fetch(storage, adapter, folder / adapter.id)
     return [
@@ -169,6 +172,7 @@ def _validation_dataset(session: Session, job: Job) -> Dataset | None:
 
 def _fetch_dataset(storage: Storage, dataset: Dataset, folder: Path) -> str:
     path = folder / f"{dataset.id}.jsonl"
+    workspace.check_room(folder, dataset.bytes)
     objects.fetch(storage, datasets.object_key(dataset.id), path, dataset.sha256)
     return str(path)
 
@@ -183,6 +187,8 @@ def _fetch_newest_checkpoint(database: Database, storage: Storage, claim: Claim,
             workspace.fetch_checkpoint(storage, checkpoint, path)
         except (ObjectMissing, ObjectDamaged) as error:
             log.warning("%s: checkpoint %d is unusable: %r", claim.job_id, checkpoint.step, error)
+            with database.unit_of_work() as session:
+                leases.reject_checkpoint(session, claim, checkpoint)
             continue
         return str(path)
     return None

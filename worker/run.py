@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,25 @@ from service.db import Database
 from service.errors import ServiceError
 from service.leases import Claim, Fenced, Result
 from service.settings import Settings
-from service.storage import ObjectDamaged, ObjectMissing, Storage
-from worker import orders, workspace
+from service.storage import ObjectMissing, Storage
+from worker import memory, orders, reasons, workspace
 from worker.channel import News
-from worker.child import Host, HostDied
+from worker.child import Host
+from worker.device_faults import DeviceFaults
 from worker.progress import Reporter
+from worker.reasons import Interrupted
+from worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 _KEPT_CHECKPOINTS = 2  # the older one is for the day on which the newer one's bytes do not verify
-_OUTAGES = ("storage_unavailable", "io_error")  # not the job's doing, and not to be held against it
 _RETRY_SECONDS = 1.0
+_DUMP_SECONDS = 1.0  # for a host that hangs to say where
 _LOOK_SECONDS = 0.2  # how soon a cancel, a drain or a fence is noticed between two messages of the host
-
-
-class Interrupted(Exception):
-    """The host could not go on, and the job is not to blame."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code, self.message = code, message
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What an attempt works with; `drain` is set when the worker shall stop."""
+    """What an attempt works with; `drain` is set when the worker shall stop, `faults` are those of its device."""
 
     claim: Claim
     settings: Settings
@@ -53,6 +48,8 @@ class Attempt:
     storage: Storage
     host: Host
     drain: threading.Event
+    faults: DeviceFaults = field(default_factory=lambda: DeviceFaults(None))
+    oom_kills: int = field(default_factory=memory.oom_kills)  # as it began
 
 
 def run_job(attempt: Attempt) -> bool:
@@ -85,11 +82,14 @@ def run_job(attempt: Attempt) -> bool:
 def _lose(attempt: Attempt, reporter: Reporter, error: Exception) -> None:
     """The attempt ended through no fault of the job: it goes back to the queue, counted."""
     _kill(attempt)
-    code, message = _reason(error)
-    log.warning("%s: attempt lost: %s", attempt.claim.job_id, message, exc_info=error)
-    counted = code not in _OUTAGES
+    why = reasons.of(error, attempt.faults.worst(), memory.oom_kills() > attempt.oom_kills)
+    log.warning("%s: attempt lost: %s", attempt.claim.job_id, why.message, exc_info=error)
+
+    def retry(session: Session) -> None:
+        leases.retry(session, attempt.claim, why.code, why.message, counted=why.counted)
+
     try:
-        _commit(attempt, reporter, lambda session: leases.retry(session, attempt.claim, code, message, counted=counted))
+        _commit(attempt, reporter, retry)
     except Fenced:
         _discard(attempt)
 
@@ -124,22 +124,6 @@ def _commit(attempt: Attempt, reporter: Reporter, change: Callable[[Session], No
             return
 
 
-def _reason(error: Exception) -> tuple[str, str]:
-    match error:
-        case HostDied():
-            return "process_died", _why_died(error.code)
-        case Interrupted():
-            return error.code, error.message
-        case ObjectMissing() | ObjectDamaged():
-            return "storage_damaged", f"a stored object is missing or damaged: {error}"
-        case ServiceError():
-            return "storage_unavailable", error.message
-        case OSError():
-            return "io_error", f"the worker's disk failed: {error.strerror or error}"
-        case _:
-            return "internal_error", f"an unforeseen fault in the worker: {type(error).__name__}"
-
-
 def _work(attempt: Attempt, reporter: Reporter, folder: Path) -> None:
     reporter.tell(phase="fetching files")
     _commit(attempt, reporter, lambda session: leases.start(session, attempt.claim))
@@ -164,6 +148,7 @@ class _Listener:
         self._seconds_per_step: float | None = None
         self._total_steps = 0
         self._began = time.monotonic()
+        self._watchdog = Watchdog(attempt.settings.stall_seconds)
         self.ended = False
 
     def hear(self, news: News) -> None:
@@ -193,15 +178,23 @@ class _Listener:
             case "interrupted":
                 raise Interrupted(news.data["code"], news.data["message"])
             case _:
-                log.info("host: %s", news.event)
+                log.debug("host: %s", news.event)
+        self._watchdog.heard(news)
 
     def look_around(self) -> None:
-        """Pass on a cancel or a drain; kill a host that does not follow in time."""
+        """Pass on a cancel or a drain; kill a host that does not follow in time.
+
+        Raises:
+            Fenced: the job is no longer this attempt's.
+            Interrupted: the GPU is not to be used any more, or the host hangs.
+        """
         attempt, reporter = self._attempt, self._reporter
         if self.ended:
             return
         if reporter.fenced:
             raise Fenced(attempt.claim.job_id)
+        if (fault := attempt.faults.worst()) is not None and fault.remedy != "restart":
+            raise Interrupted("device_fault", f"the GPU reported {fault}")
         if reporter.wish == "cancel" and not self._cancelling:
             self._cancelling = True
             attempt.host.stop("abandon")
@@ -212,6 +205,15 @@ class _Listener:
         elif self._kill_at is not None and time.monotonic() > self._kill_at:
             _kill(attempt)
             self._stopped()
+        elif self._kill_at is None and self._watchdog.expired:
+            self._give_up_on_host()
+
+    def _give_up_on_host(self) -> None:
+        silence = self._watchdog.silence
+        log.error("%s: the host has told nothing for %.0f s; where it is:", self._attempt.claim.job_id, silence)
+        self._attempt.host.dump_stacks()
+        time.sleep(_DUMP_SECONDS)
+        raise Interrupted("stalled", f"the process that computes made no progress for {silence:.0f} seconds")
 
     def _progress(self, step: int, total_steps: int) -> None:
         """Of work that counts modules or bytes: the rest takes as long as what was done did."""
@@ -310,9 +312,3 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 def _kill(attempt: Attempt) -> None:
     if attempt.host.alive:
         attempt.host.kill()
-
-
-def _why_died(code: int) -> str:
-    if code == -9:
-        return "the process that computes was killed, most likely because the machine ran out of memory"
-    return f"the process that computes ended unexpectedly ({f'signal {-code}' if code < 0 else f'exit status {code}'})"

@@ -18,6 +18,7 @@ from service.storage import Storage
 from worker import workspace
 from worker.child import Host
 from worker.device import DeviceLock
+from worker.device_faults import DeviceFaults, Quarantine
 from worker.run import Attempt, run_job
 
 _TOLERATED_FAILURES = 2
@@ -33,6 +34,8 @@ class Supervisor:
         self._settings, self._database, self._storage = settings, database, storage
         self._worker_id = f"{socket.gethostname()}:{os.getpid()}"
         self._lock = DeviceLock(settings)
+        self._faults = DeviceFaults.of_device(self._lock.device, settings.kernel_log)
+        self._quarantine = Quarantine(settings.run_dir, self._lock.device)
         self._host: Host | None = None
         self._busy = threading.Lock()
         self._drain = threading.Event()
@@ -59,6 +62,7 @@ class Supervisor:
             if self._host is not None and self._host.alive:
                 self._host.kill()
         self._lock.release()
+        self._faults.close()
 
     def work(self) -> None:
         """Run jobs until none can be claimed. A second caller waits for the first, so that hints stay with others."""
@@ -70,8 +74,17 @@ class Supervisor:
                     return
                 failpoints.reach("worker.claimed")
                 log.info("%s: %s, epoch %d", claim.job_id, claim.kind, claim.epoch)
-                attempt = Attempt(claim, self._settings, self._database, self._storage, host, self._drain)
-                self._heed(claim.job_id, run_job(attempt))
+                self._faults.forget()
+                attempt = Attempt(claim, self._settings, self._database, self._storage, host, self._drain, self._faults)
+                in_order = run_job(attempt)
+                self._set_apart()
+                self._heed(claim.job_id, in_order)
+
+    def _set_apart(self) -> None:
+        """A GPU that needs a reset, or somebody who looks at it, gets no more jobs."""
+        fault = self._faults.worst()
+        if fault is not None and fault.remedy != "restart":
+            self._quarantine.impose(fault)
 
     def _heed(self, job_id: str, in_order: bool) -> None:
         """A worker that keeps failing must not draw in every job of the queue: it pauses, longer each time.
@@ -88,7 +101,11 @@ class Supervisor:
             log.error("%d attempts in a row failed here; no job is taken for %.0f s", self._failures, pause)
 
     def _claim(self) -> Claim | None:
+        if (reason := self._quarantine.reason) is not None:
+            log.warning("no jobs are taken: %s is out of use (%s); see %s", self._lock.device, reason, self._quarantine)
+            return None
         try:
+            workspace.check_room(self._settings.work_dir, self._settings.min_free_bytes)
             self._storage.check()
             with self._database.unit_of_work() as session:
                 return leases.claim(session, self._worker_id, self._lock.slot, self._settings.lease_seconds)

@@ -1,4 +1,4 @@
-"""How work that is not a training tells how far it is, and learns that it shall stop."""
+"""How work tells that it goes on, and how far it is, and learns that it shall stop."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from worker.channel import HostChannel
 
 _SECONDS = 0.2  # between two messages; what counts modules or bytes would send thousands
+_PULSE_SECONDS = 5.0
 
 
 class Stopped(Exception):
@@ -25,3 +26,16 @@ def teller(channel: HostChannel) -> Callable[[int, int], None]:
             channel.send("progress", step=done, total_steps=total)
 
     return tell
+
+
+def pulse(channel: HostChannel) -> Callable[[], None]:
+    """For a training, which calls it before every micro-batch: a sign of life every few seconds, for the watchdog."""
+    last = time.monotonic()
+
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PULSE_SECONDS:
+            last = time.monotonic()
+            channel.send("alive")
+
+    return beat

@@ -9,6 +9,7 @@ from lora_engine.config import TrainSpec, from_mapping
 from lora_engine.errors import AdapterError, CheckpointError, Diverged
 from lora_engine.train import Training
 from worker.channel import HostChannel
+from worker.telling import pulse
 from worker.warm_base import WarmBase
 
 
@@ -25,7 +26,7 @@ def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
     spec = from_mapping(TrainSpec, order["spec"])
     base = warm.get(order["base"], spec.training, channel)
     channel.send("phase", phase="preparing examples")
-    with Training(spec, base) as training:
+    with Training(spec, base, pulse(channel)) as training:
         if order["resume"] is not None:
             _resume(training, Path(order["resume"]), channel)
         channel.send("planned", step=training.step, total_steps=training.plan.steps)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from service import storage as objects
+from service.errors import NoSpace
 from service.leases import Claim
 from service.models import Checkpoint
 from service.storage import Storage
@@ -29,6 +30,15 @@ def workspace(root: Path, claim: Claim) -> Iterator[Path]:
     finally:
         os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises NoSpace unless `needed` bytes are free where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NoSpace(f"the worker's disk has {free >> 20} MiB free and needs {needed >> 20}")
 
 
 def remove_abandoned(root: Path) -> list[str]:

@@ -52,9 +52,28 @@ def test_a_damaged_checkpoint_is_refused(folder: Path, name: str, damage: Callab
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("name", ["state.json", "MANIFEST.json"])
+def test_every_flipped_bit_is_noticed(folder: Path, name: str) -> None:
+    content = (folder / name).read_bytes().rstrip()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            checkpoint.load(folder)
+
+
+def test_the_manifest_says_what_the_files_are_of(folder: Path) -> None:
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    assert (manifest["step"], set(manifest["versions"])) == (42, {"luthier", "torch", "safetensors"})
+    # One of a version that wrote less is as good.
+    (folder / "MANIFEST.json").write_text(json.dumps({"files": manifest["files"]}))
+    assert checkpoint.load(folder)[1]["step"] == 42
+
+
 def test_a_manifest_that_leaves_a_file_out_is_refused(folder: Path) -> None:
     path = folder / "MANIFEST.json"
-    manifest = json.loads(path.read_text())
+    manifest = {"files": json.loads(path.read_text())["files"]}
     del manifest["files"]["state.safetensors"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="does not list"):
