@@ -12,7 +12,7 @@ from lora_engine import failpoints
 from lora_engine.config import LoraConfig, TrainingConfig, check_held_out, to_mapping
 from lora_engine.errors import SpecError
 from lora_engine.target_modules import Module, targets
-from service import base_models, datasets, events, queue
+from service import base_models, datasets, endings, events, queue, quotas
 from service.db import now
 from service.errors import Conflict, Invalid, NotFound
 from service.models import ACTIVE, BaseModel, IdempotencyKey, Job, new_id
@@ -200,7 +200,10 @@ def cancel(session: Session, owner_id: str, job_id: str) -> Job:
     session.refresh(job)
     if state is None:
         raise _over(job)
-    events.append(session, job_id, "Cancelled" if state == "cancelled" else "Cancel requested")
+    if state == "cancelled":
+        endings.tell(session, job_id, "Cancelled")
+    else:
+        events.append(session, job_id, "Cancel requested")
     return job
 
 
@@ -263,6 +266,7 @@ def forget_key(session: Session, job_id: str) -> None:
 def _accept(session: Session, owner_id: str, job: Job, idempotency: Idempotency | None) -> tuple[Job, bool]:
     created = job.id is None
     if created:
+        quotas.admit_job(session, owner_id)
         job.id, job.owner_id = new_id("job"), owner_id
         session.add(job)
         session.flush()

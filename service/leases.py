@@ -13,8 +13,9 @@ from sqlalchemy import Select, case, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from service import events, queue, remarks
-from service.db import now
+from service import endings, events, metrics, queue, quotas, remarks
+from service.db import after_commit, now
+from service.errors import TooMany
 from service.models import ACTIVE, Adapter, AdapterParent, Artifact, Checkpoint, Job, new_id
 
 MAX_LOSSES = 3  # losses in a row without a newer checkpoint, after which a job fails
@@ -78,7 +79,8 @@ def result_prefix(claim: Claim, noun: Literal["adapter", "artifact"]) -> str:
 def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: float) -> Claim | None:
     """Take the next queued job (T3), or None when there is none or the device is in use."""
     # The CTE keeps PostgreSQL from updating more rows than LIMIT says; SQLite has one writer and ignores FOR UPDATE.
-    candidate = claimable(Job.id).limit(1).with_for_update(skip_locked=True).cte("candidate")
+    free = claimable(Job.id).where(quotas.may_run(session))
+    candidate = free.limit(1).with_for_update(skip_locked=True).cte("candidate")
     statement = (
         update(Job)
         .where(Job.id == candidate.c.id, Job.state == "queued")
@@ -97,7 +99,9 @@ def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: flo
     try:
         with session.begin_nested():
             row = session.execute(statement).first()
-    except IntegrityError:  # uq_jobs_device_slot: one runner per device, by the database's word
+            if row is not None:
+                quotas.admit_running(session, row.owner_id)
+    except (IntegrityError, TooMany):  # uq_jobs_device_slot: one runner per device, by the database's word
         return None
     if row is None:
         return None
@@ -216,7 +220,7 @@ def succeed(session: Session, claim: Claim, result: Result) -> None:
         _record_weights(session, claim, result.metrics.get("parents", []))
     for remark in remarks.of_result(result.metrics):
         events.append(session, claim.job_id, remark)
-    events.append(session, claim.job_id, "Succeeded", data={result.noun: result.id})
+    endings.tell(session, claim.job_id, "Succeeded", data={result.noun: result.id})
 
 
 def fail(session: Session, claim: Claim, code: str, category: str, message: str, left: Result | None = None) -> None:
@@ -233,14 +237,14 @@ def fail(session: Session, claim: Claim, code: str, category: str, message: str,
             .where(Job.id == claim.job_id)
             .values(state="cancelled", error_code=None, error_category=None, error_message=None)
         )
-        events.append(session, claim.job_id, "Cancelled")
+        endings.tell(session, claim.job_id, "Cancelled")
         return
     told: dict[str, Any] = {"code": code}
     if left is not None:
         _publish(session, claim, row, left)
         told["adapter"] = left.id
         events.append(session, claim.job_id, "The last good adapter was kept", data={"adapter": left.id})
-    events.append(session, claim.job_id, f"Failed: {message}", level="error", data=told)
+    endings.tell(session, claim.job_id, f"Failed: {message}", level="error", data=told)
 
 
 def retry(session: Session, claim: Claim, code: str, message: str, *, counted: bool = True) -> None:
@@ -277,7 +281,7 @@ def release(session: Session, claim: Claim) -> None:
 def cancelled(session: Session, claim: Claim) -> None:
     """The attempt has stopped because its owner asked for it (T10)."""
     _change(session, claim, ACTIVE, **_ended("cancelled"), phase=None, eta_seconds=None)
-    events.append(session, claim.job_id, "Cancelled")
+    endings.tell(session, claim.job_id, "Cancelled")
 
 
 def reap(session: Session) -> list[str]:
@@ -305,12 +309,13 @@ def reap(session: Session) -> list[str]:
         elif state == "paused":
             events.append(session, job_id, "The worker was lost; paused", level="warn")
         elif state == "cancelled":
-            events.append(session, job_id, "Cancelled")
+            endings.tell(session, job_id, "Cancelled")
         else:
             message = f"the worker was lost {MAX_LOSSES} times without progress; the job may be killing it"
             reason = {"error_code": "worker_lost", "error_category": "platform", "error_message": message}
             session.execute(update(Job).where(Job.id == job_id).values(**reason))
-            events.append(session, job_id, f"Failed: {message}", level="error", data={"code": "worker_lost"})
+            endings.tell(session, job_id, f"Failed: {message}", level="error", data={"code": "worker_lost"})
+    after_commit(session, lambda: metrics.LEASES_EXPIRED.inc(len(rows)))
     return [row.id for row in rows]
 
 
@@ -336,6 +341,7 @@ def _change(session: Session, claim: Claim, states: tuple[str, ...], **values: A
     )  # fmt: skip
     row = session.execute(statement).first()
     if row is None:
+        metrics.FENCES.inc()
         raise Fenced(claim.job_id)
     return row
 
@@ -377,7 +383,7 @@ def _publish(session: Session, claim: Claim, row: Any, result: Result) -> None:
     told: dict[str, Any] = {
         "id": result.id, "owner_id": claim.owner_id, "job_id": claim.job_id, "base_model_id": row.base_model_id,
         "name": row.name, "kind": claim.kind, "epoch": claim.epoch, "prefix": result.prefix, "files": result.files,
-        "digest": result.digest, "metrics": result.metrics,
+        "digest": result.digest, "metrics": result.metrics, "bytes": sum(file["size"] for file in result.files),
     }  # fmt: skip
     session.add(Artifact(**told) if result.rank is None else Adapter(**told, rank=result.rank))
 

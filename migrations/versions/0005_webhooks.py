@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from migrations.row_security import protect, unprotect
+
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -58,9 +60,13 @@ def upgrade() -> None:
         postgresql_where=_PENDING,
         sqlite_where=_PENDING,
     )
+    for table in ("webhooks", "webhook_deliveries"):
+        protect(op.get_bind(), table, "owner_id")
 
 
 def downgrade() -> None:
+    for table in ("webhook_deliveries", "webhooks"):
+        unprotect(op.get_bind(), table)
     op.drop_table("webhook_deliveries")
     op.drop_table("webhooks")
     op.drop_column("jobs", "trace_parent")
