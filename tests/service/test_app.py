@@ -5,9 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,69 +114,6 @@ def test_a_process_killed_in_an_upload_leaves_no_dataset(
     with sqlite_database.reading() as session:
         assert session.scalar(select(func.count()).select_from(Dataset)) == 0
     assert len(list(work_dir.iterdir())) == 1  # until the sweep finds that it is abandoned
-
-
-@pytest.mark.parametrize(
-    ("rate", "body", "why"),
-    [(1, [], b"no byte"), (1, [b"{"], b"no byte"), (10_000, [b" "] * 60, b"slower than")],
-    ids=["H1 nothing comes", "H1 nothing more comes", "H2 a byte now and then"],
-)
-def test_a_body_that_hardly_arrives_is_cut(
-    sqlite_site: Site, monkeypatch: pytest.MonkeyPatch, rate: int, body: list[bytes], why: bytes
-) -> None:
-    monkeypatch.setattr("service.api.request.SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr("service.api.request.MIN_BYTES_PER_SECOND", rate)
-    head = f"POST /jobs HTTP/1.1\r\nHost: x\r\nAuthorization: {sqlite_site.ann.headers['authorization']}\r\n"
-    with listening(sqlite_site.app) as url, connected(url) as connection:
-        connection.sendall(head.encode() + b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
-        connection.settimeout(0.05)
-        answer = b""
-        for piece in [*body, *[b""] * 400]:
-            connection.sendall(piece)
-            with suppress(TimeoutError):
-                answer += connection.recv(1000)
-            if answer.endswith(b"}}"):
-                break
-    assert answer.startswith(b"HTTP/1.1 408 ")
-    assert why in answer
-
-
-def test_a_chunked_body_is_refused_at_the_cap(sqlite_site: Site) -> None:
-    """Nothing says how long it will be, and it does not end: the answer comes all the same."""
-    head = f"POST /datasets HTTP/1.1\r\nHost: x\r\nAuthorization: {sqlite_site.ann.headers['authorization']}\r\n"
-    chunk = LINE * 1000
-    with listening(sqlite_site.app) as url, connected(url) as connection:
-        sqlite_site.app.state.parts = replace(
-            sqlite_site.app.state.parts, settings=sqlite_site.settings.model_copy(update={"max_upload_bytes": 1 << 20})
-        )
-        connection.sendall(head.encode() + b"Content-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for _ in range(2 * MB // len(chunk)):
-            connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-        connection.settimeout(20)
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
-    assert not list(sqlite_site.settings.work_dir.iterdir())
-
-
-@contextmanager
-def connected(url: str) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
-        yield connection
-
-
-@pytest.mark.parametrize(
-    "head",
-    [b"Content-Length: -5\r\n", b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", b"Content-Length: 1\r\n" * 2,
-     b"Content-Length: x\r\n", b"Transfer-Encoding: nonsense\r\n"],
-)  # fmt: skip
-def test_lengths_that_contradict_themselves_are_no_requests(sqlite_site: Site, head: bytes) -> None:
-    with (
-        listening(sqlite_site.app) as url,
-        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection,
-    ):
-        connection.sendall(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + head + b"\r\n{}")
-        connection.settimeout(10)
-        answer = connection.recv(1000)
-    assert answer[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 401")
 
 
 def test_the_documentation_page_loads_nothing_from_elsewhere(sqlite_site: Site) -> None:

@@ -6,6 +6,10 @@ from contextlib import suppress
 from typing import Any
 
 import httpx2
+from sqlalchemy import func, select
+
+from service.models import Dataset
+from tests.service.site import Site
 
 JSON = "application/json"
 
@@ -25,6 +29,13 @@ def check_error(body: str, *, message: str = "") -> dict[str, Any]:
     assert len(error["message"]) < 400
     assert "Traceback" not in body
     return error
+
+
+def left_over(site: Site) -> list[Any]:
+    """Rows, objects and temporary files; empty when nothing was kept."""
+    with site.database.reading() as session:
+        count = session.scalar(select(func.count()).select_from(Dataset))
+    return [*range(count or 0), *site.storage.keys("datasets"), *site.settings.work_dir.iterdir()]
 
 
 def connect(url: str, seconds: float = 20) -> socket.socket:

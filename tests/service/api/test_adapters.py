@@ -103,7 +103,7 @@ RANGES: list[tuple[str, int, slice | None]] = [
 
 
 @pytest.mark.parametrize(("value", "status", "part"), RANGES)
-def test_ranges(shared_site: Site, shared_adapter: str, value: str, status: int, part: slice | None) -> None:
+def test_m7_ranges(shared_site: Site, shared_adapter: str, value: str, status: int, part: slice | None) -> None:
     url = f"/adapters/{shared_adapter}/files/adapter_model.safetensors"
     answer = shared_site.ann.get(url, headers={"Range": value})
     assert answer.status_code == status
