@@ -126,6 +126,10 @@ class Training:
         """Evaluations have told which step was best, and its parameters are kept."""
         return self._chooses_best and self._history.best_step is not None
 
+    @property
+    def _is_finite(self) -> bool:
+        return bool(torch.isfinite(self._adapted.parameters).all())
+
     def steps(self) -> Iterator[Step]:
         """Make the remaining steps, one each time the next is asked for.
 
@@ -275,7 +279,16 @@ class Training:
         return [self._documents[number] for number in self._order[1][index * size : (index + 1) * size]]
 
     def checkpoint(self) -> Path:
-        """Write the state after the last step to `output`/checkpoints; the new folder. Call it between steps."""
+        """Write the state after the last step to `output`/checkpoints; the new folder. Call it between steps.
+
+        Raises:
+            Diverged: the last update left weights that are not finite. The checkpoints before are kept.
+        """
+        if not self._is_finite:
+            step = self._progress.step
+            raise Diverged(
+                f"weights of the adapter are not finite after step {step}; lower the learning rate", step=step
+            )
         state = {
             "fingerprint": self._fingerprint(),
             "engine": version("luthier"),
@@ -323,7 +336,7 @@ class Training:
             AdapterError: a weight is not finite.
         """
         progress, spec, history = self._progress, self.spec, self._history
-        diverged = progress.nonfinite_in_a_row >= spec.training.max_nonfinite_steps
+        diverged = progress.nonfinite_in_a_row >= spec.training.max_nonfinite_steps or not self._is_finite
         better = history.best_step != progress.step if self._knows_best else diverged
         if self._kept is not None and better:
             self._adapted.parameters.copy_(self._kept)

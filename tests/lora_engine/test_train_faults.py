@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_engine import checkpoint
 from lora_engine.base_model import BaseModel
 from lora_engine.config import LoraConfig, TrainSpec
 from lora_engine.errors import DataError, Diverged, OutOfMemory, SpecError
@@ -136,6 +137,60 @@ def test_divergence_before_the_first_evaluation_leaves_what_was_good(
         assert training.finish()["skipped_steps"] == 1
     weights = "adapter_model.safetensors"
     assert adapter_bytes(job)[weights] == adapter_bytes(good)[weights]
+
+
+def test_weights_that_are_not_finite_are_neither_stored_nor_the_result(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite gradient can do that too, with a rate beyond all measure."""
+    options = {"schedule": "constant", "warmup_ratio": 0.0}
+    good, job = spec("good", max_steps=2, **options), spec(max_steps=4, **options)
+    train(good, base)
+    with Training(job, base) as training:
+        update = training._optimizer.step
+
+        def too_far(rate: float) -> None:
+            update(rate)
+            if training.step == 2:
+                training._adapted.parameters[0] = math.inf
+
+        monkeypatch.setattr(training._optimizer, "step", too_far)
+        for step in training.steps():
+            if step.step < 3:
+                training.checkpoint()
+            else:
+                break
+        with pytest.raises(Diverged, match="not finite after step 3"):
+            training.checkpoint()
+        kept = checkpoint.existing(Path(job.output) / "checkpoints")
+        training.finish()
+    assert [path.name for path in kept] == ["step-00000001", "step-00000002"]
+    weights = "adapter_model.safetensors"
+    assert adapter_bytes(job)[weights] == adapter_bytes(good)[weights]
+
+
+def test_a_sign_of_life_before_every_micro_batch(spec: Spec, base: BaseModel) -> None:
+    beats: list[int] = []
+    with Training(spec(max_steps=2), base, pulse=lambda: beats.append(training.step)) as training:
+        list(training.steps())
+    assert {0, 1, 2} <= set(beats)  # the evaluation before, those of the steps, the one at the end
+
+
+def test_memory_is_sought_twice_and_then_advice_given(
+    spec: Spec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(batch: Any, *_: object) -> None:
+        tried.append(batch.rows)
+        raise torch.OutOfMemoryError
+
+    with Training(spec(validation_fraction=0, quantization="nf4"), base) as training:
+        monkeypatch.setattr(training._run, "gradients", full)
+        with pytest.raises(OutOfMemory, match="lower sequence_length or the rank, or use nf4"):
+            next(training.steps())
+        assert training.plan.micro_batch_tokens == training.plan.longest
+    assert len(tried) == 3
 
 
 def test_an_evaluation_that_runs_out_of_memory_is_made_again(
