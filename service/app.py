@@ -19,11 +19,15 @@ from service.api import (
     health,
     jobs,
     merges,
+    webhooks,
 )
 from service.api.edge import Edge
 from service.api.errors import documented, install
 from service.api.request import Parts
+from service.courier import Courier
 from service.db import Database
+from service.metrics import MetricsServer
+from service.quotas import Limits
 from service.settings import Settings
 from service.storage import open_storage
 from service.sweep import Sweep
@@ -49,7 +53,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Edge, allowed_hosts=known.hosts)
     install(app)
     app.include_router(health.router)
-    for module in (datasets, jobs, aliases, merges, adapter_jobs, adapter_uploads, adapters, artifacts, base_models):
+    results = (aliases, merges, adapter_jobs, adapter_uploads, adapters, artifacts)
+    for module in (datasets, jobs, *results, base_models, webhooks):
         app.include_router(module.router, responses=documented(401, 422, 503))
     return app
 
@@ -57,13 +62,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
     settings.work_dir.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.database_url)
-    parts = Parts(settings, database, open_storage(settings.storage_url), queue.make_celery(settings.broker_url))
+    database = Database(settings.database_url, info=Limits.of(settings).info)
+    storage, celery = open_storage(settings.storage_url), queue.make_celery(settings.broker_url)
+    parts = Parts(settings, database.of_callers(), storage, celery)
     app.state.parts = parts
-    sweep = Sweep(settings, database, parts.storage, parts.celery)
-    sweep.start()
+    background = (
+        MetricsServer(settings, database),
+        Sweep(settings, database, storage, celery),
+        Courier(settings, database),
+    )
+    for part in background:
+        part.start()
     try:
         yield
     finally:
-        sweep.stop()
+        for part in reversed(background):
+            part.stop()
         database.close()

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from lora_engine import examples, failpoints
 from lora_engine.errors import DataError
+from service import quotas
 from service.db import Database, now
 from service.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable, UnsupportedMedia
 from service.models import TERMINAL, Dataset, Job, new_id
@@ -155,6 +156,7 @@ def add(database: Database, storage: Storage, owner_id: str, name: str, received
         bytes=received.bytes, sha256=received.sha256, rows=received.rows,
     )  # fmt: skip
     with database.unit_of_work() as session:
+        quotas.admit_bytes(session, owner_id, received.bytes)
         session.add(dataset)
     try:
         failpoints.reach("dataset.before_object")

@@ -5,7 +5,7 @@ turns into a writer fails at once instead of waiting. PostgreSQL is told with ev
 show: its row-level security is a second wall behind the owner in every query. SQLite has none.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -48,8 +48,10 @@ def _now_sqlite(*_: Any, **__: Any) -> str:
 class Database:
     """The engine and its two kinds of transaction."""
 
-    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+    def __init__(self, url: str, *, pool_size: int = 10, info: Mapping[Any, Any] | None = None) -> None:
+        """`info` is what every session's `info` begins with."""
         parsed = make_url(url)
+        self._info = dict(info or {})
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool_size, "max_overflow": 20}
         options["hide_parameters"] = True  # an error's text goes to the log; the values are people's data
@@ -89,7 +91,8 @@ class Database:
 
         What `after_commit` was given runs once the commit has happened.
         """
-        with Session(self.engine.execution_options(**{_WRITES: True}), expire_on_commit=False) as session:
+        engine = self.engine.execution_options(**{_WRITES: True})
+        with Session(engine, expire_on_commit=False, info=self._info) as session:
             with session.begin():
                 yield session
             callbacks: list[Callable[[], None]] = session.info.pop(_AFTER_COMMIT, [])
@@ -101,7 +104,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """One transaction that only reads, rolled back at the end."""
-        with Session(self.engine, expire_on_commit=False) as session:
+        with Session(self.engine, expire_on_commit=False, info=self._info) as session:
             yield session
 
     def close(self) -> None:

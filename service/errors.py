@@ -29,11 +29,14 @@ class ServiceError(Exception):
     category: Category = "platform"
     retry_after: int | None = None  # seconds, where trying again can help
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or type(self).code
+        self.retry_after = retry_after or type(self).retry_after
 
 
 class Invalid(ServiceError):

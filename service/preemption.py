@@ -7,7 +7,7 @@ whatever an operator does to the priorities, a job gives way `MAX_PREEMPTIONS` t
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from service import events, leases
+from service import events, leases, quotas
 from service.db import now
 from service.models import ACTIVE, Job
 
@@ -21,6 +21,7 @@ def preempt(session: Session, patience_seconds: float) -> str | None:
     number of processes may call this at once, as the job that waits stays locked until the end of the transaction.
     """
     waiting = leases.claimable(Job.id, Job.priority, Job.run_after < now() - patience_seconds)
+    waiting = waiting.where(quotas.may_run(session))
     first = session.execute(waiting.limit(1).with_for_update(of=Job, skip_locked=True)).first()
     if first is None or not first[2] or _somebody_gives_way(session):
         return None

@@ -2,25 +2,73 @@
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from lora_engine.fields import bounded, one_of
 from service.db import now
-from service.errors import Conflict, NotFound, Unauthorized
+from service.errors import Conflict, Forbidden, NotFound, Unauthorized
 from service.models import ApiKey, User, new_id
 
+Scope = Literal["read", "write", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)  # each may do what those before it may
+MAX_LIVE_KEYS = 20  # of one user: enough for a rotation of each of several
 _PREFIX = "luthier_"
+_USE_SECONDS = 60.0  # how exactly it is known when a key was used last
+_YEAR_SECONDS = 366 * 86400.0
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Who makes a request."""
+    """Who makes a request, and what the key allows; `is_stale`: that it is used now is to be noted."""
 
     user_id: str
     key_id: str
+    scope: Scope
+    is_stale: bool = False
+
+    def require(self, scope: Scope) -> None:
+        """Raises Forbidden."""
+        if SCOPES.index(scope) > SCOPES.index(self.scope):
+            message = f"this key's scope is {self.scope}, and this needs {scope}; use another key"
+            raise Forbidden(message, code="insufficient_scope")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyRequest:
+    """The body of ``POST /keys``.
+
+    Attributes:
+        scope: "read" looks and downloads, "write" does everything with what is one's own, "admin" is the operator's.
+        expires_in_seconds: after which the key opens nothing; never, when left out.
+    """
+
+    scope: Scope = "write"
+    expires_in_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self, "scope", SCOPES)
+        if self.expires_in_seconds is not None:
+            bounded(self, "expires_in_seconds", 1.0, 10 * _YEAR_SECONDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotationRequest:
+    """The body of ``POST /keys/{key_id}/rotate``.
+
+    Attributes:
+        overlap_seconds: for which the old key still works beside the new one.
+    """
+
+    overlap_seconds: float = 86400.0
+
+    def __post_init__(self) -> None:
+        bounded(self, "overlap_seconds", 0.0, 30 * 86400.0)
 
 
 def create_user(session: Session, name: str) -> User:
@@ -38,13 +86,75 @@ def user_by_name(session: Session, name: str) -> User | None:
     return session.scalar(select(User).where(User.name == name))
 
 
-def create_key(session: Session, user_id: str) -> str:
+def get_user(session: Session, user_id: str, *, keep: bool = False) -> User:
+    """One user, also one who is being deleted; with `keep` nobody else changes the row before this transaction ends.
+
+    Raises:
+        NotFound.
+    """
+    rows = select(User).where(User.id == user_id)
+    user = session.scalar(rows.with_for_update(key_share=True) if keep else rows)
+    if user is None:
+        raise NotFound(f"there is no user {user_id[:80]!r}")
+    return user
+
+
+def page(session: Session, after: str | None, limit: int) -> tuple[list[User], bool]:
+    """All users, newest first, below the id `after`; and whether there are more."""
+    rows = select(User)
+    if after is not None:
+        rows = rows.where(User.id < after)
+    found = list(session.scalars(rows.order_by(User.id.desc()).limit(limit + 1)))
+    return found[:limit], len(found) > limit
+
+
+def create_key(session: Session, user_id: str, request: KeyRequest | None = None) -> str:
     """A new key, returned this once."""
+    return issue_key(session, user_id, request or KeyRequest())[1]
+
+
+def issue_key(session: Session, user_id: str, request: KeyRequest) -> tuple[ApiKey, str]:
+    """A new key's row, and the key itself, which is returned this once.
+
+    Raises:
+        Conflict: the user has as many live keys as one may have.
+    """
+    get_user(session, user_id, keep=True)  # who counts keys at the same moment waits
+    if len(keys_of(session, user_id)) >= MAX_LIVE_KEYS:
+        raise Conflict(f"there are {MAX_LIVE_KEYS} live keys; revoke one first", code="too_many_keys")
     # A fast hash is right here: 256 random bits cannot be guessed, unlike a password.
     key = _PREFIX + secrets.token_urlsafe(32)
-    session.add(ApiKey(id=new_id("key"), user_id=user_id, sha256=_digest(key), hint=key[: len(_PREFIX) + 4]))
+    row = ApiKey(
+        id=new_id("key"),
+        user_id=user_id,
+        sha256=_digest(key),
+        hint=key[: len(_PREFIX) + 4],
+        scope=request.scope,
+        expires_at=None if request.expires_in_seconds is None else now() + request.expires_in_seconds,
+    )
+    session.add(row)
     session.flush()
-    return key
+    session.refresh(row)
+    return row, key
+
+
+def rotate_key(session: Session, user_id: str, key_id: str, request: RotationRequest) -> tuple[ApiKey, str]:
+    """A new key of the same scope and length of life in the place of an old one, which works on for the overlap.
+
+    Raises:
+        NotFound: no live key of this user.
+        Conflict: as `issue_key`.
+    """
+    get_user(session, user_id, keep=True)
+    old = session.scalar(select(ApiKey).where(ApiKey.id == key_id, ApiKey.user_id == user_id, *_live()))
+    if old is None:
+        raise NotFound(f"there is no live key {key_id[:80]!r}")
+    lifetime = None if old.expires_at is None else max(1.0, old.expires_at - old.created_at)
+    ends = now() + request.overlap_seconds
+    sooner = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > ends)
+    session.execute(update(ApiKey).where(ApiKey.id == key_id, sooner).values(expires_at=ends))
+    scope: Scope = old.scope  # type: ignore[assignment]
+    return issue_key(session, user_id, KeyRequest(scope=scope, expires_in_seconds=lifetime))
 
 
 def keys(session: Session) -> list[tuple[ApiKey, str]]:
@@ -53,22 +163,41 @@ def keys(session: Session) -> list[tuple[ApiKey, str]]:
     return [(row[0], row[1]) for row in rows]
 
 
-def revoke_key(session: Session, key_id: str) -> None:
-    """From the commit on the key opens nothing."""
+def keys_of(session: Session, user_id: str) -> Sequence[ApiKey]:
+    """A user's keys that open something, newest first, without the secrets, which nobody has but their holders."""
+    rows = select(ApiKey).where(ApiKey.user_id == user_id, *_live())
+    return session.scalars(rows.order_by(ApiKey.id.desc())).all()
+
+
+def revoke_key(session: Session, key_id: str, user_id: str | None = None) -> None:
+    """From the commit on the key opens nothing. With `user_id` only if it is this user's. Raises NotFound."""
     changed = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=now())
+    if user_id is not None:
+        changed = changed.where(ApiKey.user_id == user_id)
     if not session.execute(changed.returning(ApiKey.id)).first():
-        raise NotFound(f"no live key {key_id}")
+        raise NotFound(f"there is no live key {key_id[:80]!r}")
 
 
 def authenticate(session: Session, key: str | None) -> Principal:
-    """Who holds `key`. Unknown, revoked and malformed keys get one and the same answer, after the same work."""
+    """Who holds `key`. Unknown, revoked, expired and malformed ones get one answer, after the same work."""
     well_formed = key is not None and key.startswith(_PREFIX) and len(key) < 200 and key.isascii()
     sha256 = _digest(key if key is not None and well_formed else _PREFIX)
-    rows = select(ApiKey.id, ApiKey.user_id).where(ApiKey.sha256 == sha256, ApiKey.revoked_at.is_(None))
-    row = session.execute(rows).first()
+    stale = func.coalesce(ApiKey.last_used_at, 0) < now() - _USE_SECONDS
+    rows = select(ApiKey.id, ApiKey.user_id, ApiKey.scope, stale.label("is_stale")).where(ApiKey.sha256 == sha256)
+    row = session.execute(rows.where(*_live())).first()
     if row and well_formed:
-        return Principal(row.user_id, row.id)
+        return Principal(row.user_id, row.id, row.scope, is_stale=row.is_stale)
     raise Unauthorized("a valid API key is needed: send it as 'Authorization: Bearer luthier_…'")
+
+
+def note_use(session: Session, key_id: str) -> None:
+    """The key was used just now; written at most once a minute."""
+    stale = func.coalesce(ApiKey.last_used_at, 0) < now() - _USE_SECONDS
+    session.execute(update(ApiKey).where(ApiKey.id == key_id, stale).values(last_used_at=now()))
+
+
+def _live() -> tuple[ColumnElement[bool], ...]:
+    return ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now())
 
 
 def _digest(key: str) -> str:

@@ -7,6 +7,7 @@ from celery import signals
 
 from service.db import Database
 from service.queue import make_celery
+from service.quotas import Limits
 from service.settings import Settings
 from service.storage import open_storage
 from service.sweep import Sweep
@@ -18,7 +19,7 @@ def main() -> None:
     """Run until SIGTERM or SIGINT: then checkpoint, give the job back, and end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     settings = Settings()
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, info=Limits.of(settings).info)
     storage = open_storage(settings.storage_url)
     celery = make_celery(settings.broker_url)
     supervisor = Supervisor(settings, database, storage)

@@ -40,7 +40,7 @@ class Site:
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self.app = app
         self.settings = settings
-        self.database: Database = app.state.parts.database
+        self.database: Database = app.state.parts.database.of_everybody()
         self.storage: Storage = app.state.parts.storage
         rows.add_base_model(self.database)
         self.ids = {name: rows.add_user(self.database, name) for name in ("ann", "bob")}
