@@ -156,3 +156,32 @@ DATASET_LINE = (
     '{"messages": [{"role": "user", "content": "Where is my order?"}, '
     '{"role": "assistant", "content": "Let me look that up for you."}]}\n'
 )
+WEBHOOK_REQUEST: dict[str, Any] = {
+    "url": "https://example.com/hooks/luthier",
+    "event_types": ["job.succeeded", "job.failed"],
+    "name": "training bot",
+}
+WEBHOOK: dict[str, Any] = {
+    "id": "webhook-019a1c45a0c37d1f8b02e6d94f7a1c53",
+    "object": "webhook",
+    **WEBHOOK_REQUEST,
+    "enabled": True,
+    "created_at": 1793520000.25,
+}
+DELIVERY: dict[str, Any] = {
+    "id": "message-019a1c4be1127f60a5d3c8e72b9f4d18",
+    "object": "webhook.delivery",
+    "webhook": WEBHOOK["id"],
+    "job": JOB["id"],
+    "event_type": "job.failed",
+    "body": '{"id":"message-019a1c4be1127f60a5d3c8e72b9f4d18","object":"event","type":"job.failed",'
+    '"created_at":1793521200,"data":{"id":"job-019a1c3f02d47b31b0a7c9e41d5f6a83","kind":"train","status":"failed",'
+    '"adapter":null,"artifact":null,"error":{"code":"diverged","category":"user"}}}',
+    "state": "pending",
+    "attempts": 1,
+    "next_attempt_at": 1793521205.5,
+    "last_status": 503,
+    "last_error": "answered with 503",
+    "created_at": 1793521200.25,
+    "delivered_at": None,
+}

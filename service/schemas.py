@@ -258,12 +258,59 @@ class Files(Model):
     data: list[File]
 
 
+class Webhook(Model):
+    """A URL that is told when jobs end."""
+
+    model_config = _with(shown.WEBHOOK)
+    id: str
+    object: Literal["webhook"] = "webhook"
+    name: str
+    url: str
+    event_types: list[str]
+    enabled: bool
+    created_at: float
+
+
+class WebhookWithSecret(Webhook):
+    """A new webhook, with the secret that verifies its messages: shown this once."""
+
+    model_config = _with(shown.WEBHOOK | {"secret": "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oDZ5gGd3mFQjI="})
+    secret: str
+
+
+class Webhooks(Page):
+    data: list[Webhook]
+
+
+class Delivery(Model):
+    """A message for a webhook: `body` as it is sent, and what came of the last attempt."""
+
+    model_config = _with(shown.DELIVERY)
+    id: str
+    object: Literal["webhook.delivery"] = "webhook.delivery"
+    webhook: str
+    job: str
+    event_type: str
+    body: str
+    state: Literal["pending", "delivered", "dead"]
+    attempts: int
+    next_attempt_at: float | None
+    last_status: int | None
+    last_error: str | None
+    created_at: float
+    delivered_at: float | None
+
+
+class Deliveries(Page):
+    data: list[Delivery]
+
+
 class Deleted(Model):
     """Something that is gone."""
 
     model_config = _with({"id": shown.DATASET["id"], "object": "dataset", "deleted": True})
     id: str
-    object: Literal["dataset", "adapter", "adapter.alias", "artifact"]
+    object: Literal["dataset", "adapter", "adapter.alias", "artifact", "webhook"]
     deleted: Literal[True] = True
 
 

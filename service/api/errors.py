@@ -26,9 +26,9 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says about a route's refusals."""
     reasons = {
         400: "The request cannot be read", 401: "No valid API key", 403: "The key does not allow it",
-        404: "No such object, or another owner's",
-        408: "The body did not arrive", 409: "Not in a state that allows this",
-        413: "Larger than the limit", 415: "Not a format that is read here", 416: "No such range", 422: "A field or a row is impossible",
+        404: "No such object, or another owner's", 408: "The body did not arrive", 409: "Not in a state that allows this",
+        413: "Larger than the limit", 415: "Not a format that is read here", 416: "No such range",
+        422: "A field or a row is impossible",
         429: "Too many at once", 503: "A part this depends on does not answer", 507: "The disk is full",
     }  # fmt: skip
     return {status: {"model": schemas.ErrorBody, "description": reasons[status]} for status in statuses}

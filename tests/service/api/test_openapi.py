@@ -11,6 +11,7 @@ from service.app import create_app
 from service.jobs import TrainingRequest
 from service.merges import MergeRequest
 from service.settings import Settings
+from service.webhooks import WebhookRequest
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def test_every_route_is_there(document: dict[str, Any]) -> None:
         "GET /healthz", "GET /readyz",
         "GET /datasets", "POST /datasets", "GET /datasets/{dataset_id}", "DELETE /datasets/{dataset_id}",
         "GET /datasets/{dataset_id}/content",
-        "GET /jobs", "POST /jobs", "GET /jobs/{job_id}", "POST /jobs/{job_id}/cancel", "GET /jobs/{job_id}/events",
+        "GET /jobs", "POST /jobs", "GET /jobs/{job_id}", "POST /jobs/{job_id}/cancel", "POST /jobs/{job_id}/pause",
+        "POST /jobs/{job_id}/resume", "GET /jobs/{job_id}/events",
         "GET /jobs/{job_id}/metrics", "GET /jobs/{job_id}/curves.svg",
         "GET /adapters", "POST /adapters", "POST /adapters/merge",
         "GET /adapters/{adapter_id}", "DELETE /adapters/{adapter_id}",
@@ -44,6 +46,10 @@ def test_every_route_is_there(document: dict[str, Any]) -> None:
         "GET /artifacts/{artifact_id}/files", "GET /artifacts/{artifact_id}/files/{name}",
         "GET /artifacts/{artifact_id}/archive",
         "GET /base-models", "GET /base-models/{base_model_id}",
+        "GET /webhooks", "POST /webhooks", "GET /webhooks/{webhook_id}", "PATCH /webhooks/{webhook_id}",
+        "DELETE /webhooks/{webhook_id}", "GET /webhooks/{webhook_id}/deliveries",
+        "GET /webhooks/{webhook_id}/deliveries/{delivery_id}",
+        "POST /webhooks/{webhook_id}/deliveries/{delivery_id}/resend",
     }  # fmt: skip
 
 
@@ -67,7 +73,9 @@ def test_every_operation_says_what_it_does_and_how_it_fails(document: dict[str, 
 def test_every_body_and_every_object_has_an_example(document: dict[str, Any]) -> None:
     known = document["components"]["schemas"]
     for name, operation in operations(document):
-        if name.startswith(("POST", "PUT")) and not name.endswith(("/cancel", "/verify")):
+        if name.startswith(("POST", "PUT", "PATCH")) and not name.endswith(
+            ("/cancel", "/pause", "/resume", "/verify", "/resend")
+        ):
             for content in operation["requestBody"]["content"].values():
                 assert content["example"], name
         for status, response in operation["responses"].items():
@@ -86,7 +94,9 @@ def test_examples_are_what_they_illustrate() -> None:
     assert from_mapping(SearchRequest, schema_examples.SEARCH).per == "layer"
     assert len(from_mapping(AnalyzeRequest, schema_examples.ANALYZE).adapters) == 2
     assert from_mapping(ExtractRequest, schema_examples.EXTRACT).rank == 32
-    for model in (schemas.Dataset, schemas.Job, schemas.Event, schemas.Adapter, schemas.Artifact, schemas.BaseModel):
+    assert from_mapping(WebhookRequest, schema_examples.WEBHOOK_REQUEST).name == "training bot"
+    shown = (schemas.Dataset, schemas.Job, schemas.Event, schemas.Adapter, schemas.Artifact, schemas.BaseModel)
+    for model in (*shown, schemas.Webhook, schemas.WebhookWithSecret, schemas.Delivery):
         extra: Any = model.model_config["json_schema_extra"]
         (example,) = extra["examples"]
         assert model.model_validate(example).model_dump() == example
