@@ -285,10 +285,7 @@ class Training:
             Diverged: the last update left weights that are not finite. The checkpoints before are kept.
         """
         if not self._is_finite:
-            step = self._progress.step
-            raise Diverged(
-                f"weights of the adapter are not finite after step {step}; lower the learning rate", step=step
-            )
+            raise Diverged(f"weights are not finite after step {self.step}; lower the learning rate", step=self.step)
         state = {
             "fingerprint": self._fingerprint(),
             "engine": version("luthier"),
