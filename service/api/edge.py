@@ -7,6 +7,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import answer
+from service.api.record import Record
 from service.errors import HeadersTooLarge, Malformed, NotFound, ServiceError, UnsupportedMedia
 from service.models import new_id
 
@@ -26,6 +27,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         request_id = new_id("request")
+        record = Record(scope, request_id, send)
         started = False
 
         async def send_marked(message: Message) -> None:
@@ -34,7 +36,7 @@ class Edge:
                 started = True
                 marks = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
                 message["headers"] = [*message.get("headers", []), *marks]
-            await send(message)
+            await record.send(message)
 
         try:
             refused = _refusal(scope) or self._unknown_host(scope)

@@ -18,12 +18,14 @@ from pydantic import TypeAdapter
 
 from lora_engine import strict_json
 from lora_engine.config import from_mapping
-from service import jobs, users
+from service import jobs
 from service.api.event_watch import Watch
-from service.db import Database
-from service.errors import Invalid, Malformed, TimedOut, TooLarge, UnsupportedMedia
+from service.api.gate import Gate
+from service.db import Database, caller
+from service.errors import Invalid, Malformed, TimedOut, TooLarge, TooMany, UnsupportedMedia
 from service.settings import Settings
 from service.storage import Storage
+from service.users import Principal
 
 T = TypeVar("T")
 SILENCE_SECONDS = 30.0  # a client that sends nothing for so long is gone
@@ -42,26 +44,53 @@ class Parts:
 
     @cached_property
     def watch(self) -> Watch:
-        return Watch(self.database)
+        return Watch(self.database.of_everybody())  # a stream is opened by who may see the job
+
+    @cached_property
+    def gate(self) -> Gate:
+        return Gate(self.settings, self.database)
 
 
-def _parts(request: Request) -> Parts:
+async def _parts(request: Request) -> Parts:
     parts: Parts = request.app.state.parts
     return parts
 
 
 Inside = Annotated[Parts, Depends(_parts)]
 
-_bearer = HTTPBearer(auto_error=False, description="A key made by `luthier keys create`.")
+_bearer = HTTPBearer(auto_error=False, description="A key made by `luthier keys add` or `POST /keys`.")
+_LOOKS = ("GET", "HEAD")
 
 
-def _caller(parts: Inside, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> users.Principal:
-    # A transaction of its own: the one that does the work must not wait for a slow body.
-    with parts.database.reading() as session:
-        return users.authenticate(session, bearer.credentials if bearer else None)
+async def _caller(
+    request: Request, parts: Inside, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Principal:
+    """Looking needs a key of the scope "read", all else "write". From here on the database shows the caller's rows."""
+    address, key = request.client.host if request.client else "", bearer.credentials if bearer else None
+    request.state.caller = None
+    try:
+        request.state.caller = principal = await anyio.to_thread.run_sync(parts.gate.enter, key, address)
+        parts.gate.count(principal)
+    except TooMany:
+        # Such refusals come by the thousand: those that nobody answers for, or that only look, are told once a minute.
+        of_many = request.state.caller is None or request.method in _LOOKS
+        request.state.unrecorded = of_many and not parts.gate.is_recorded(address)
+        raise
+    principal.require("read" if request.method in _LOOKS else "write")
+    caller.set(principal.user_id)
+    return principal
 
 
-Caller = Annotated[users.Principal, Depends(_caller)]
+Caller = Annotated[Principal, Depends(_caller)]
+
+
+async def _operator(principal: Caller) -> Principal:
+    """Operators' routes see everybody's rows."""
+    principal.require("admin")
+    return principal
+
+
+Operator = Annotated[Principal, Depends(_operator)]
 
 After = Annotated[
     str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,100}$", description="the id before which the page begins")

@@ -1,0 +1,51 @@
+"""The audit log: one row for each request that changes something or is refused for who makes it. Only ever added to.
+
+A row is written before the answer is sent, so that nobody is told of a change that is not in the log. It holds ids,
+an address and an outcome, and nothing that was sent; whatever a client chose is escaped to printable ASCII.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import insert, select
+from sqlalchemy.orm import Session
+
+from service.models import AuditEntry, new_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What happened. `action` is the method and the route, `object_id` the ids of what it was done to."""
+
+    request_id: str
+    user_id: str | None
+    key_id: str | None
+    address: str
+    action: str
+    object_id: str | None
+    status: int
+
+
+def append(session: Session, entry: Entry) -> None:
+    values: dict[str, Any] = asdict(entry)
+    values["request_id"] = _printable(entry.request_id, 64)
+    values["address"] = _printable(entry.address, 64)
+    values["action"] = _printable(entry.action, 200)
+    values["object_id"] = None if entry.object_id is None else _printable(entry.object_id, 200)
+    session.execute(insert(AuditEntry).values(id=new_id("audit"), **values))
+
+
+def page(session: Session, user_id: str | None, after: str | None, limit: int) -> tuple[list[AuditEntry], bool]:
+    """What one user's keys did, or everybody's, newest first, below the id `after`; and whether there is more."""
+    rows = select(AuditEntry)
+    if user_id is not None:
+        rows = rows.where(AuditEntry.user_id == user_id)
+    if after is not None:
+        rows = rows.where(AuditEntry.id < after)
+    found = list(session.scalars(rows.order_by(AuditEntry.id.desc()).limit(limit + 1)))
+    return found[:limit], len(found) > limit
+
+
+def _printable(text: str, length: int) -> str:
+    """On one line, whatever it was (CR and LF forge lines in logs, bidirectional marks their order)."""
+    return text.encode("unicode_escape").decode("ascii")[:length]
