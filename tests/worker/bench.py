@@ -7,19 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 import migrations
 from lora_engine.base_files import file_list
 from lora_engine.config import from_mapping
-from service import base_models, datasets, jobs, merges
-from service.db import Database
+from service import base_models, datasets, jobs, leases, merges
+from service.db import Database, now
 from service.jobs import TrainingRequest
 from service.merges import MergeRequest
 from service.models import Adapter, Artifact, Checkpoint, Job, JobEvent
 from service.settings import Settings
 from service.storage import open_storage
 from tests.service import rows
+from worker.child import Host
 from worker.supervisor import Supervisor
 
 QUICK: dict[str, Any] = {"global_batch": 8, "sequence_length": 128, "checkpoint_every": 3, "learning_rate": 0.01}
@@ -29,11 +30,13 @@ DESCRIPTION = {"architecture": "LlamaForCausalLM", "parameters": 1, "context_len
 class Bench:
     """One owner, one base model, one dataset; `run` drives every queued job to an end in this thread."""
 
-    def __init__(self, folder: Path, model: Path, examples: bytes, url: str | None = None) -> None:
-        self.settings = Settings(
-            data_dir=folder / "data", database_url=url or "", threads=1, device="cpu", poll_seconds=3600,
-            heartbeat_seconds=0.2, lease_seconds=30, cancel_grace_seconds=10, max_merge_in_request_bytes=0,
-        )  # fmt: skip
+    def __init__(self, folder: Path, model: Path, examples: bytes, url: str | None = None, **settings: Any) -> None:
+        usual = {
+            "data_dir": folder / "data", "database_url": url or "", "threads": 1, "device": "cpu",
+            "poll_seconds": 3600, "heartbeat_seconds": 0.2, "lease_seconds": 30, "cancel_grace_seconds": 10,
+            "max_merge_in_request_bytes": 0,
+        }  # fmt: skip
+        self.settings = Settings(**usual | settings)
         self.settings.data_dir.mkdir()
         migrations.upgrade(self.settings.database_url)
         self.database = Database(self.settings.database_url)
@@ -81,6 +84,28 @@ class Bench:
 
     def run(self) -> None:
         self.supervisor.work()
+
+    def rest(self) -> None:
+        """What failed here before is not to make the next job wait, nor the next attempt at this one."""
+        self.supervisor._failures, self.supervisor._pause_until = 0, 0.0
+        with self.database.unit_of_work() as session:
+            session.execute(update(Job).where(Job.state == "queued").values(run_after=now()))
+
+    def reap(self, job_id: str) -> None:
+        """Wait until the lease has run out, and take the job from its worker."""
+        deadline = time.monotonic() + 30
+        while True:
+            with self.database.unit_of_work() as session:
+                if job_id in leases.reap(session):
+                    return
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    @property
+    def host(self) -> Host:
+        """The child process of this worker."""
+        assert self.supervisor._host is not None
+        return self.supervisor._host
 
     def run_while(self, act: Callable[[], object]) -> None:
         """Work in another thread, and `act` meanwhile."""
