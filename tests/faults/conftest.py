@@ -4,9 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from service.settings import Settings
 from tests import servers
 from tests.faults import store
 from tests.faults.store import FakeStore
+from tests.service.site import Site, open_site
+
+
+@pytest.fixture
+def sqlite_site(settings: Settings) -> Iterator[Site]:
+    with open_site(settings) as site:
+        yield site
 
 
 @pytest.fixture
