@@ -68,7 +68,7 @@ async def _lifespan(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
     app.state.parts = parts
     background = (
         MetricsServer(settings, database),
-        Sweep(settings, database, storage, celery),
+        Sweep(settings, database, storage, celery, erases=True),
         Courier(settings, database),
     )
     for part in background:

@@ -107,6 +107,15 @@ class Database:
         with Session(self.engine, expire_on_commit=False, info=self._info) as session:
             yield session
 
+    def scrub(self) -> None:
+        """What was deleted leaves SQLite's log too, unless somebody reads just then. PostgreSQL has its vacuum."""
+        if self.is_sqlite:
+            connection = self.engine.raw_connection()
+            try:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                connection.close()
+
     def close(self) -> None:
         self.engine.dispose()
 

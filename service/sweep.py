@@ -16,7 +16,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from lora_engine import failpoints
-from service import datasets, leases, preemption, queue, scratch
+from service import datasets, erasure, leases, preemption, queue, scratch
 from service.db import Database, now
 from service.errors import ServiceError
 from service.models import TERMINAL, Adapter, Artifact, Job, OutboxMessage
@@ -30,8 +30,12 @@ _FENCED_GRACE_SECONDS = 900.0  # an attempt that lost its lease unnoticed may up
 class Sweep:
     """A background thread; `start`, then `stop`."""
 
-    def __init__(self, settings: Settings, database: Database, storage: Storage, celery: Celery) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, storage: Storage, celery: Celery, *, erases: bool = False
+    ) -> None:
+        """`erases`: also carry out erasures, for which workers lack the rights."""
         self._settings, self._database, self._storage, self._celery = settings, database, storage, celery
+        self._erases = erases
         self._stopping = threading.Event()
         self._quiet_until = 0.0
         self._thread = threading.Thread(target=self._loop, name="sweep", daemon=True)
@@ -53,6 +57,8 @@ class Sweep:
             self._guarded("relay", self._relay)
             self._guarded("rewake", self._rewake)
             self._guarded("purge", self._purge)
+            if self._erases:
+                self._guarded("erase", lambda: erasure.sweep(self._database, self._storage))
 
     def _loop(self) -> None:
         next_sweep = 0.0
