@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine.packing import AttentionGroup
 
@@ -31,6 +31,7 @@ _FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno"
 _WIDE = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _COMPILE_SECONDS = 120
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_STORED = {**_NAMES, torch.float16: "fp16"}  # that weights are read and written in
 _UNLIMITED = 2**62
 
 
@@ -198,6 +199,38 @@ def attend_backward(
     threads = _threads(group.scores * q.shape[1] * q.shape[2])
     structures = (ctypes.byref(member) for member in members)
     _call("attend_backward", q.dtype, upstream, q, k, v, result, logs, *structures, *gradients, threads)
+
+
+def adds(stored: torch.dtype, written: torch.dtype) -> bool:
+    """Whether `add_product` reads and writes these types here."""
+    known = stored in _STORED and written in _STORED and library() is not None
+    return known and hasattr(library(), f"add_product_{_STORED[stored]}_{_STORED[written]}")
+
+
+def panels(right: Tensor) -> Tensor:
+    """`right` (rank × width, fp32) as `add_product` reads it: panels of columns, the last one padded with zeros."""
+    loaded: Any = library()
+    columns = loaded.panel_columns()
+    padded = nn.functional.pad(right, (0, -right.shape[1] % columns))
+    return padded.view(len(right), padded.shape[1] // columns, columns).transpose(0, 1).contiguous()
+
+
+def add_product(weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> float:
+    """result = weight + left · right, rounded once; Σ of the squares of what that rounding changed.
+
+    For fp32 results that is the rounding of the sum itself. Computed by this thread alone, with other Python threads
+    at work meanwhile; no bit depends on which rows are computed together.
+
+    Args:
+        weight: rows × width, contiguous.
+        left: rows × rank, fp32, contiguous.
+        right: what `panels` made.
+        result: as `weight`, or the same memory where the types are of one size.
+    """
+    function = getattr(library(), f"add_product_{_STORED[weight.dtype]}_{_STORED[result.dtype]}")
+    function.restype = ctypes.c_double
+    counts = [ctypes.c_int64(count) for count in (*weight.shape, left.shape[1])]
+    return float(function(*map(_pointer, (weight, left, right, result)), *counts))
 
 
 def _members(group: AttentionGroup, window: int | None) -> _Group:

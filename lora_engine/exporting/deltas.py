@@ -67,14 +67,18 @@ class FactoredDelta:
         A, B = self.A.double(), self.B.double()
         return float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0))
 
+    def sides(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
+        """The two factors whose product D is, or its transpose."""
+        return (self.A.t(), self.B.t()) if transposed else (self.B, self.A)
+
     def part(self, start: int, stop: int, *, transposed: bool) -> Tensor:
         """As `Delta.part`."""
-        left, right = (self.A.t(), self.B.t()) if transposed else (self.B, self.A)
+        left, right = self.sides(transposed=transposed)
         return left[start:stop] @ right
 
     def add_to(self, weight: Tensor, start: int, stop: int, *, transposed: bool) -> Tensor:
         """As `Delta.add_to`, in one product."""
-        left, right = (self.A.t(), self.B.t()) if transposed else (self.B, self.A)
+        left, right = self.sides(transposed=transposed)
         return weight.addmm_(left[start:stop], right)
 
     def product(self, x: Tensor) -> Tensor:

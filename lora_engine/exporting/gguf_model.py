@@ -4,9 +4,8 @@ Matrices are F32, F16 or Q8_0 (blocks of 32 weights with one scale), vectors F32
 `gguf_layout`; the metadata that of llama.cpp's `convert_hf_to_gguf.py`.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from lora_engine.exporting import gguf_vocabulary, sums
 from lora_engine.exporting.base import Base
 from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.gguf_layout import GGUFLayout, reorder, restore, stored_rows
-from lora_engine.exporting.pipeline import Files, Output, pipelined
-from lora_engine.exporting.sums import Block, Piece, Rounding, Sums, Tell
+from lora_engine.exporting.pipeline import Output
+from lora_engine.exporting.sums import Block, Piece, Rounding
 from lora_engine.exporting.tensors import aligned
 
 _FILE_TYPES = {
@@ -79,7 +78,7 @@ def written_bytes(piece: Piece) -> int:
 
 def write(
     found: Sequence[Piece], base: Base, deltas: Deltas, path: Path, *, architecture: str, name: str, precision: str,
-    tell: Tell,
+    tell: Callable[[int], None],
 ) -> Rounding:  # fmt: skip
     """Write the file; `found` are `pieces`.
 
@@ -88,22 +87,30 @@ def write(
         OSError: a file cannot be read or written.
     """
     alignment = _write_start(found, base, path, architecture, name, precision)
-    with Files() as files, Output(path, append=True) as file:
-        computed = Sums(deltas, files, _encode)
-        extra = _rope_factors(base.model.config)
+    extra = _rope_factors(base.model.config)
+    first = end = path.stat().st_size
+    places = {}
+    for key, size in [
+        ("", 0 if extra is None else extra.nbytes),
+        *((piece.name, written_bytes(piece)) for piece in found),
+    ]:
+        places[key], end = end, end + size + -size % alignment
+    with Output(path, end) as file:
         if extra is not None:
-            file.write(extra)
-            file.pad(alignment)
+            file.write(extra, first)
 
         def store(block: Block, data: Tensor) -> None:
-            file.write(data)
-            if block.stop == block.piece.count:
-                file.pad(alignment)
+            file.write(data, places[block.piece.name] + _rows_bytes(block.piece, block.start))
 
-        blocks = (block for piece in found for block in sums.blocks(piece))
-        told = sums.told(blocks, written_bytes, tell)
-        pipelined(told, partial(sums.read, files), computed.compute, store)
-    return computed.rounding
+        def told(block: Block) -> None:
+            tell(_rows_bytes(block.piece, block.stop - block.start))
+
+        return sums.stream(found, deltas, store, told, _encode)
+
+
+def _rows_bytes(piece: Piece, rows: int) -> int:
+    """Of so many rows as they are written."""
+    return written_bytes(piece) // max(piece.count, 1) * rows
 
 
 def _write_start(

@@ -1,16 +1,17 @@
 """A base model with the deltas of adapters in its weights, as safetensors files, in memory bounded by a few blocks."""
 
 import json
-from collections.abc import Iterator, Sequence
-from functools import partial
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lora_engine.exporting import sums
 from lora_engine.exporting.deltas import Deltas
-from lora_engine.exporting.pipeline import Files, Output, pipelined
-from lora_engine.exporting.sums import DTYPES, Block, Piece, Rounding, Sums, Tell
+from lora_engine.exporting.pipeline import Output
+from lora_engine.exporting.sums import DTYPES, Block, Piece, Rounding
 from lora_engine.safetensors_file import layout
 
 _METADATA = {"format": "pt"}
@@ -38,7 +39,7 @@ def written_bytes(piece: Piece) -> int:
     return size // DTYPES[piece.entry.dtype].itemsize * DTYPES[piece.dtype].itemsize
 
 
-def write(pieces: Sequence[Piece], deltas: Deltas, folder: Path, limit: int, tell: Tell) -> Rounding:
+def write(pieces: Sequence[Piece], deltas: Deltas, folder: Path, limit: int, tell: Callable[[int], None]) -> Rounding:
     """Write `model.safetensors`, or numbered files and their index, of at most `limit` bytes each.
 
     Args:
@@ -50,10 +51,12 @@ def write(pieces: Sequence[Piece], deltas: Deltas, folder: Path, limit: int, tel
     """
     parts = shards(pieces, limit)
     files_of = dict(zip([folder / name for name in _names(len(parts))], parts, strict=True))
-    with Files() as files, _Writer(files_of) as writer:
-        computed = Sums(deltas, files, _encode)
-        found = sums.told(writer.blocks(), written_bytes, tell)
-        pipelined(found, partial(sums.read, files), computed.compute, writer.write)
+    with _Writer(files_of) as writer:
+
+        def told(block: Block) -> None:
+            tell(written_bytes(block.piece) * (block.stop - block.start) // max(block.piece.count, 1))
+
+        rounding = sums.stream(writer.order, deltas, writer.write, told)
     if len(parts) > 1:
         weight_map = {piece.name: path.name for path, part in files_of.items() for piece in part}
         index = {
@@ -61,7 +64,7 @@ def write(pieces: Sequence[Piece], deltas: Deltas, folder: Path, limit: int, tel
             "weight_map": dict(sorted(weight_map.items())),
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return computed.rounding
+    return rounding
 
 
 def _names(count: int) -> list[str]:
@@ -70,44 +73,49 @@ def _names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _encode(piece: Piece, exact: Tensor) -> tuple[Tensor, Tensor]:
-    written = exact.to(DTYPES[piece.dtype])
-    return written, written.float()
-
-
 class _Writer:
-    """Writes the blocks of one file after the other, each file beginning with its header."""
+    """Knows the place of every block. A file is made with its first block, and closed when all of it was written.
+
+    Attributes:
+        order: all pieces in the order of their places.
+    """
 
     def __init__(self, files: dict[Path, list[Piece]]) -> None:
-        self._headers: dict[str, tuple[Path, bytes]] = {}  # of the file that begins with this piece
-        self._order: list[Piece] = []
+        self.order: list[Piece] = []
+        self._places: dict[str, tuple[Path, int]] = {}  # piece → file and its first byte there
+        self._headers: dict[Path, bytes] = {}
+        self._left: dict[Path, int] = {}  # bytes to be written
+        self._outputs: dict[Path, Output] = {}
+        self._lock = threading.Lock()
         for path, pieces in files.items():
             by_name = {piece.name: piece for piece in pieces}
             tensors = {piece.name: (piece.dtype, piece.entry.shape) for piece in pieces}
-            header, entries = layout(tensors, _METADATA)
-            self._headers[next(iter(entries))] = path, header
-            self._order += [by_name[name] for name in entries]
-        self._file: Output | None = None
+            self._headers[path], entries = layout(tensors, _METADATA)
+            self.order += [by_name[name] for name in entries]
+            self._places |= {name: (path, entry.start) for name, entry in entries.items()}
+            self._left[path] = sum(map(written_bytes, pieces))
 
     def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._close()
-
-    def blocks(self) -> Iterator[Block]:
-        """In the order in which `write` takes them."""
-        return (block for piece in self._order for block in sums.blocks(piece))
+        for output in self._outputs.values():
+            output.close()
 
     def write(self, block: Block, data: Tensor) -> None:
-        if block.start == 0 and block.piece.name in self._headers:
-            self._close()
-            path, header = self._headers[block.piece.name]
-            path.write_bytes(header)
-            self._file = Output(path, append=True)
-        if self._file is not None:
-            self._file.write(data)
+        path, start = self._places[block.piece.name]
+        row = written_bytes(block.piece) // max(block.piece.count, 1)
+        self._output(path).write(data, start + block.start * row)
+        with self._lock:
+            self._left[path] -= data.nbytes
+            finished = self._outputs.pop(path, None) if not self._left[path] else None
+        if finished is not None:
+            finished.close()
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+    def _output(self, path: Path) -> Output:
+        with self._lock:
+            if path not in self._outputs:
+                header = self._headers[path]
+                self._outputs[path] = Output(path, len(header) + self._left[path])
+                self._outputs[path].write(torch.frombuffer(bytearray(header), dtype=torch.uint8), 0)
+            return self._outputs[path]

@@ -3,28 +3,30 @@
     written = encode(W + Σ weight_i · scaling_i · B_i·A_i)
 
 The sum is one product over the factors in the order of the adapters' digests, so that the order in which they were
-named changes no bit. What the rounding costs is measured on the way, against the norm of the delta.
+named changes no bit. What the rounding costs is measured on the way, against the norm of the delta. Where there are
+kernels and nothing is encoded but a cast, product, sum, rounding and measuring are one pass in the block's own memory.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from math import isfinite, prod, sqrt
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_engine import nf4
+from lora_engine import kernels, nf4
 from lora_engine.errors import AdapterError
-from lora_engine.exporting.deltas import Delta, Deltas
-from lora_engine.exporting.pipeline import Files
+from lora_engine.exporting.deltas import Delta, Deltas, FactoredDelta
+from lora_engine.exporting.pipeline import Buffers, Files, spread
 from lora_engine.exporting.streamed import dequantized
 from lora_engine.safetensors_file import Entry
 
 Tell = Callable[[int], None]  # with the bytes that were done since the last call
 
 BLOCK_BYTES = 8 << 20
+_WAITING = 2  # threads beside those that compute, which wait for the disk
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -66,15 +68,6 @@ class Piece:
         return (self.entry.end - self.entry.start) // max(self.count, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Rows start … stop of a piece."""
-
-    piece: Piece
-    start: int
-    stop: int
-
-
 # (piece, fp32 rows) → (what is written, what a reader makes of it in fp32)
 Encode = Callable[[Piece, Tensor], tuple[Tensor, Tensor]]
 
@@ -86,6 +79,10 @@ class Rounding:
     deltas: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
+    def add(self, module: str, delta: float, error: float) -> None:
+        self.deltas[module] = self.deltas.get(module, 0.0) + delta
+        self.errors[module] = self.errors.get(module, 0.0) + error
+
     def relative(self) -> dict[str, float]:
         """‖rounding‖ / ‖D‖ by module."""
         return {name: sqrt(error / self.deltas[name]) for name, error in self.errors.items() if self.deltas[name]}
@@ -96,99 +93,192 @@ class Rounding:
         return sqrt(sum(self.errors.values()) / deltas) if deltas else 0.0
 
 
-def blocks(piece: Piece) -> Iterator[Block]:
-    """All of a piece, whole attention heads together."""
-    step = _whole_heads(piece, BLOCK_BYTES // max(piece.row_bytes, 1))
-    for start in range(0, max(piece.count, 1), step):
-        yield Block(piece, start, min(start + step, piece.count))
+class _Terms:
+    """What all blocks of a piece are computed from, read by the first thread that asks for it."""
 
+    def __init__(self, piece: Piece, deltas: Deltas, files: Files) -> None:
+        self._piece, self._deltas, self._files = piece, deltas, files
+        self._lock = threading.Lock()
+        self._read = False
+        self.delta: Delta | None = None
+        self.norm: float | None = 0.0  # squared, of the delta; None: found as its rows are computed
+        self.dequantized: Tensor | None = None
+        self.factors: tuple[Tensor, Tensor] | None = None  # rows × rank and panels, where a kernel multiplies them
 
-def read(files: Files, block: Block) -> Tensor:
-    """The block's stored bytes; none where the whole tensor has to be known first."""
-    piece = block.piece
-    if piece.quantization != "none":
-        return torch.empty(0, dtype=torch.uint8)
-    begin = piece.entry.start
-    return files.read(piece.source, begin + block.start * piece.row_bytes, begin + block.stop * piece.row_bytes)
-
-
-class Sums:
-    """What is written for each block, and what its rounding costs."""
-
-    def __init__(self, deltas: Deltas, files: Files, encode: Encode) -> None:
-        self.rounding = Rounding()
-        self._deltas, self._files, self._encode = deltas, files, encode
-        self._piece: Piece | None = None
-        self._delta: Delta | None = None
-        self._measured = False  # whether the delta's norm is found as its rows are computed
-        self._dequantized: Tensor | None = None
-
-    def compute(self, block: Block, data: Tensor) -> Tensor:
-        """What is written, from the stored bytes.
+    def ready(self, *, fused: bool) -> "_Terms":
+        """All of it; `fused`: for a kernel, where there is one for this piece.
 
         Raises:
-            AdapterError: a value that leaves the range of its type.
+            AdapterError: values that are not finite.
         """
-        if block.piece.unchanged:
-            return data
-        self._turn_to(block.piece)
-        written = [self._part(block, data, start, stop) for start, stop in _parts(block)]
-        return torch.cat(written) if len(written) > 1 else written[0]
+        with self._lock:
+            if not self._read:
+                self._load()
+                if fused and self._served():
+                    self.factors = self._factors()
+                self._read = True
+        return self
 
-    def _part(self, block: Block, data: Tensor, start: int, stop: int) -> Tensor:
-        """Rows start … stop, few enough for what is computed on the way to stay in the processor's cache."""
-        piece = block.piece
-        if self._dequantized is not None:
-            weight = self._dequantized[start:stop]
-        else:
-            weight = _matrix(data, piece, block.stop - block.start)[start - block.start : stop - block.start].float()
-        total, lost = self._sum(piece, weight, start, stop)
-        written, decoded = self._encode(piece, total)
-        error = decoded - total if lost is None else lost
-        squared = float(torch.dot(error.view(-1), error.view(-1)))
-        if not isfinite(squared):
-            raise AdapterError(f"{piece.name}: values beyond what {piece.dtype} holds; export it as fp32 or bf16")
+    def _load(self) -> None:
+        piece = self._piece
         if piece.module is not None:
-            self.rounding.errors[piece.module] += squared
-        return written
-
-    def _sum(self, piece: Piece, weight: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Weight + delta in fp32; and what is lost by that, where nothing else is lost after it."""
-        if self._delta is None or piece.module is None:
-            return weight, None
-        if not self._measured and piece.dtype != "F32":
-            return self._delta.add_to(weight, start, stop, transposed=piece.transposed), None
-        delta = self._delta.part(start, stop, transposed=piece.transposed)
-        if self._measured:
-            self.rounding.deltas[piece.module] += float(torch.dot(delta.reshape(-1), delta.reshape(-1)))
-        return weight + delta, _lost(weight, delta) if piece.dtype == "F32" else None
-
-    def _turn_to(self, piece: Piece) -> None:
-        if piece is self._piece:
-            return
-        self._piece, self._delta, self._dequantized = piece, None, None
-        if piece.module is not None:
-            self._delta = self._deltas.delta(piece.module)
-            norm = self._delta.squared_norm()
-            self._measured = norm is None
-            self.rounding.deltas[piece.module] = norm or 0.0
-            self.rounding.errors[piece.module] = 0.0
+            self.delta = self._deltas.delta(piece.module)
+            self.norm = self.delta.squared_norm()
         if piece.quantization != "none":
-            self._dequantized = dequantized(partial(self._whole, piece), piece.quantization)
+            self.dequantized = dequantized(self._whole, piece.quantization)
             if piece.transposed:
-                self._dequantized = self._dequantized.t().contiguous()
+                self.dequantized = self.dequantized.t().contiguous()
 
-    def _whole(self, piece: Piece) -> Tensor:
+    def _served(self) -> bool:
+        stored = DTYPES[self._piece.entry.dtype] if self.dequantized is None else torch.float32
+        factored = self.delta is None or isinstance(self.delta, FactoredDelta)
+        return factored and kernels.adds(stored, DTYPES[self._piece.dtype])
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.delta, FactoredDelta):
+            width = prod(self._piece.entry.shape[1:])
+            return torch.zeros(self._piece.count, 0), kernels.panels(torch.zeros(0, width))
+        left, right = self.delta.sides(transposed=self._piece.transposed)
+        return left.contiguous(), kernels.panels(right)
+
+    def _whole(self) -> Tensor:
         """The stored weight, out × in."""
+        piece = self._piece
         weight = _matrix(self._files.read(piece.source, piece.entry.start, piece.entry.end), piece, piece.count)
         return weight.t().contiguous() if piece.transposed else weight
 
 
-def told(found: Iterator[Block], size: Callable[[Piece], int], tell: Tell) -> Iterator[Block]:
-    """The blocks; `tell` is called in the caller's thread with how many bytes of the result each one is."""
-    for block in found:
-        yield block
-        tell(size(block.piece) * (block.stop - block.start) // max(block.piece.count, 1))
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows start … stop of a piece."""
+
+    piece: Piece
+    start: int
+    stop: int
+    terms: _Terms
+
+
+Write = Callable[[Block, Tensor], None]
+
+
+def stream(
+    pieces: Iterable[Piece], deltas: Deltas, write: Write, tell: Callable[[Block], None], encode: Encode | None = None
+) -> Rounding:  # fmt: skip
+    """Read every block, compute what is written, and have it written, in as many threads as keep the disk busy.
+
+    Args:
+        write: called in any thread, with memory that is valid meanwhile.
+        tell: called in this thread with each block that was written, in order; what it raises ends it.
+        encode: how sums are written; a cast to the piece's type when left out.
+
+    Raises:
+        AdapterError: a value that leaves the range of its type.
+        OSError: a file cannot be read or written.
+    """
+    rounding = Rounding()
+
+    def done(block: Block, squares: tuple[float, float]) -> None:
+        if block.piece.module is not None:
+            rounding.add(block.piece.module, *squares)
+        tell(block)
+
+    with Files() as files:
+        sums = _Sums(files, write, encode)
+        spread(blocks(pieces, deltas, files), sums.put, done, torch.get_num_threads() + _WAITING)
+    return rounding
+
+
+def blocks(pieces: Iterable[Piece], deltas: Deltas, files: Files) -> Iterator[Block]:
+    """All of them, whole attention heads together."""
+    for piece in pieces:
+        terms = _Terms(piece, deltas, files)
+        step = _whole_heads(piece, BLOCK_BYTES // max(piece.row_bytes, 1))
+        for start in range(0, max(piece.count, 1), step):
+            yield Block(piece, start, min(start + step, piece.count), terms)
+
+
+class _Sums:
+    """What is written for each block."""
+
+    def __init__(self, files: Files, write: Write, encode: Encode | None) -> None:
+        self._files, self._write = files, write
+        self._fused, self._encode = encode is None, encode or _cast
+        self._buffers = Buffers()
+        # A kernel's call keeps one core busy, PyTorch's operations all of them.
+        self._cores = threading.Semaphore(torch.get_num_threads())
+        self._all_cores = threading.Lock()
+
+    def put(self, block: Block) -> tuple[float, float]:
+        """Squared norms of the delta's rows (all of them with the first block, where they are known) and of what
+        rounding has changed."""
+        piece, data = block.piece, torch.empty(0, dtype=torch.uint8)
+        if piece.quantization == "none":  # else the whole tensor has to be known first
+            begin, end = (piece.entry.start + row * piece.row_bytes for row in (block.start, block.stop))
+            data = self._files.read(piece.source, begin, end, self._buffers.get("stored", end - begin))
+        if piece.unchanged:
+            self._write(block, data)
+            return 0.0, 0.0
+        terms = block.terms.ready(fused=self._fused)
+        if terms.factors is None:
+            with self._all_cores:
+                written, delta, error = self._computed(block, data)
+        else:
+            with self._cores:
+                written, error = self._in_one_pass(block, data, *terms.factors)
+            delta = 0.0
+        if not isfinite(error):
+            raise AdapterError(f"{piece.name}: values beyond what {piece.dtype} holds; export it as fp32 or bf16")
+        self._write(block, written)
+        return delta + (terms.norm or 0.0) * (block.start == 0), error
+
+    def _in_one_pass(self, block: Block, data: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, float]:
+        weight, dtype = _weight(block, data), DTYPES[block.piece.dtype]
+        if dtype.itemsize == weight.dtype.itemsize and block.terms.dequantized is None:
+            result = weight.view(dtype)
+        else:
+            result = self._buffers.get("written", weight.numel() * dtype.itemsize).view(dtype).view(weight.shape)
+        return result, kernels.add_product(weight, left[block.start : block.stop], right, result)
+
+    def _computed(self, block: Block, data: Tensor) -> tuple[Tensor, float, float]:
+        """By PyTorch's operations; what is written, and the squared norms of delta and error."""
+        weight, found = _weight(block, data), []
+        for start, stop in _parts(block):
+            rows = weight[start - block.start : stop - block.start].float()
+            found.append(_part(block, rows, start, stop, self._encode))
+        written, deltas, errors = zip(*found, strict=True)
+        return torch.cat(written) if len(written) > 1 else written[0], sum(deltas), sum(errors)
+
+
+def _weight(block: Block, data: Tensor) -> Tensor:
+    """Rows of the block, as they are stored or dequantised."""
+    if block.terms.dequantized is not None:
+        return block.terms.dequantized[block.start : block.stop]
+    return _matrix(data, block.piece, block.stop - block.start)
+
+
+def _part(block: Block, weight: Tensor, start: int, stop: int, encode: Encode) -> tuple[Tensor, float, float]:
+    """Rows start … stop, few enough for what is computed on the way to stay in the processor's cache."""
+    piece, terms = block.piece, block.terms
+    norm, lost, total = 0.0, None, weight
+    if terms.delta is not None and terms.norm is not None and piece.dtype != "F32":
+        total = terms.delta.add_to(weight, start, stop, transposed=piece.transposed)
+    elif terms.delta is not None:
+        delta = terms.delta.part(start, stop, transposed=piece.transposed)
+        norm = _squared(delta) if terms.norm is None else 0.0
+        total = weight + delta
+        lost = _lost(weight, delta) if piece.dtype == "F32" else None
+    written, decoded = encode(piece, total)
+    return written, norm, _squared(decoded - total if lost is None else lost)
+
+
+def _cast(piece: Piece, exact: Tensor) -> tuple[Tensor, Tensor]:
+    written = exact.to(DTYPES[piece.dtype])
+    return written, written.float()
+
+
+def _squared(values: Tensor) -> float:
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def _matrix(data: Tensor, piece: Piece, rows: int) -> Tensor:

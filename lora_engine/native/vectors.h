@@ -5,6 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+// IEEE halves, where the processor converts them.
+#if defined(__AVX512F__) || defined(__F16C__)
+#define HALVES
+#include <immintrin.h>
+#endif
+
 namespace {
 
 using Index = int64_t;
@@ -52,6 +58,23 @@ inline void store(BFloat16 *to, Vector value) {
     Bits rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
     *(Half *)to = __builtin_convertvector(value == value ? rounded : Bits{} + 0x7fc0, Half);
 }
+#ifdef HALVES
+struct Float16 {
+    uint16_t bits;
+    operator float() const { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits))); }
+    Float16() = default;
+    Float16(float value) { bits = uint16_t(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(value), 0))); }
+};
+#ifdef __AVX512F__
+inline Vector load(const Float16 *from) { return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+inline void store(Float16 *to, Vector value) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)value, 0));
+}
+#else
+inline Vector load(const Float16 *from) { return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+inline void store(Float16 *to, Vector value) { _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)value, 0)); }
+#endif
+#endif
 // The first `count` of a vector; the others are 0.
 template <typename T>
 inline Vector load(const T *from, Index count) {

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lora_engine import base_model
@@ -12,6 +13,7 @@ from lora_engine.errors import AdapterError
 from lora_engine.exporting import merged, parity
 from lora_engine.exporting.base import open_base
 from lora_engine.exporting.parity import Text
+from lora_engine.exporting.sums import Block
 from tests.lora_engine.exporting.made import make_adapter, run
 from tests.tiny_model import make_tiny_model
 
@@ -61,12 +63,12 @@ def test_the_figures() -> None:
 
 
 def test_a_writer_that_errs_is_caught(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = merged._encode
+    write = merged._Writer.write
 
-    def wrong(piece: Any, exact: Any) -> Any:
-        return encode(piece, exact * 1.01)
+    def wrong(self: Any, block: Block, data: Tensor) -> None:
+        write(self, block, data * 1.01 if block.piece.module else data)
 
-    monkeypatch.setattr(merged, "_encode", wrong)
+    monkeypatch.setattr(merged._Writer, "write", wrong)
     with pytest.raises(AdapterError, match="parity"):
         run(base, [make_adapter(tmp_path / "a", base, 1)], tmp_path / "out", format="merged")
     assert not (tmp_path / "out").exists()
