@@ -2,7 +2,7 @@
 
 import typer
 
-from service.cli import admin, demo, processes, up
+from service.cli import admin, demo, jobs, processes, up
 
 
 def main() -> None:
@@ -23,4 +23,5 @@ def main() -> None:
     app.add_typer(admin.users_app, name="users")
     app.add_typer(admin.keys_app, name="keys")
     app.add_typer(admin.base_models_app, name="base-models")
+    app.add_typer(jobs.jobs_app, name="jobs")
     app()
