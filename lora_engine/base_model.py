@@ -1,8 +1,8 @@
 """A frozen base model in memory, streamed from safetensors.
 
-The architecture comes from transformers, built on the meta device; each tensor is then read, cast or quantised, and
-put in its place, so that beside the finished model only one tensor at a time is in memory. Code that comes with a model
-is never run.
+The architecture comes from transformers or, where the fast pass needs no more than its outline, from `skeleton`. It is
+built on the meta device; each tensor is then read, cast or quantised, and put in its place, so that beside the finished
+model only one tensor at a time is in memory. Code that comes with a model is never run.
 """
 
 from dataclasses import dataclass, field
@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.initialization import no_init_weights
-from transformers.pytorch_utils import Conv1D
 
+from lora_engine import skeleton
+from lora_engine import tokenizer as tokenizers
 from lora_engine.errors import BaseModelError
 from lora_engine.quantized import LAYERS, QuantizedLinear
 from lora_engine.target_modules import Module
-from lora_engine.weights import Weights, read_json, some
+from lora_engine.weights import Weights, read_json, some, stored_names
 
 
 @dataclass(slots=True)
@@ -73,9 +72,12 @@ def load(
     """
     place = device_of(device)
     dtype = _dtype(compute_dtype, place)
-    model = _skeleton(folder, dtype)
+    model: Any = _skeleton(folder, dtype, place)
+    if model is None:
+        model = architecture(folder, dtype)
     _fill(model, Weights(folder, model), place, quantization)
-    rebuild_buffers(model, place)
+    if not isinstance(model, skeleton.Skeleton):
+        rebuild_buffers(model, place)
     model.eval()
     model.requires_grad_(False)
     tokenizer = load_tokenizer(folder, len(model.get_input_embeddings().weight))
@@ -89,7 +91,7 @@ def outline(folder: Path, *, quantization: str, compute_dtype: str) -> BaseModel
         BaseModelError: the config is not one of a causal language model that transformers knows.
     """
     meta = torch.device("meta")
-    model = _skeleton(folder, _dtype(compute_dtype, meta))
+    model = architecture(folder, _dtype(compute_dtype, meta))
     if quantization != "none":
         for module in linear_modules(model):
             if not module.head:
@@ -105,7 +107,7 @@ def describe(folder: Path) -> Description:
     Raises:
         BaseModelError: as `load`.
     """
-    model = _skeleton(folder, torch.float32)
+    model = architecture(folder, torch.float32)
     if any(folder.glob("*.safetensors")):
         Weights(folder, model)
     return Description(
@@ -134,9 +136,14 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer of any kind we know, None for anything else."""
     if isinstance(module, nn.Linear | QuantizedLinear):
         return module.out_features, module.in_features
-    if isinstance(module, Conv1D):  # GPT-2's: the weight lies in × out
-        return module.nf, module.nx
+    if _is_transposed(module):
+        return module.nf, module.nx  # type: ignore[return-value]
     return None
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """transformers' Conv1D, the linear layer of GPT-2, whose weight lies in × out."""
+    return type(module).__name__ == "Conv1D"
 
 
 def device_of(name: str) -> torch.device:
@@ -156,14 +163,25 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
-    values = read_json(folder / "config.json")
-    if "auto_map" in values:
-        raise BaseModelError("the model needs code of its own (auto_map in config.json), which is never run")
-    if "/" in str(values.get("attn_implementation", values.get("_attn_implementation", ""))):
-        raise BaseModelError("the config asks for an attention kernel from elsewhere, which is never loaded")
-    if values.get("quantization_config"):
-        raise BaseModelError("the weights are quantised already; use the model's original weights")
+def _skeleton(folder: Path, dtype: torch.dtype, device: torch.device) -> skeleton.Skeleton | None:
+    """The model without transformers, where that is possible."""
+    values = _config_values(folder)
+    if skeleton.config_of(values) is None:
+        return None
+    return skeleton.build(values, stored_names(folder), folder, dtype, device)
+
+
+def architecture(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder's config, on the meta device.
+
+    Raises:
+        BaseModelError: the config is not one of a causal language model that transformers knows.
+    """
+    # Seconds of import, which training of the common families does without.
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    _config_values(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"), no_init_weights():
@@ -172,6 +190,17 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
         return model
     except Exception as error:  # a config that does not fit together fails in ways of its own
         raise BaseModelError(f"not a causal language model that transformers knows: {error}") from error
+
+
+def _config_values(folder: Path) -> dict[str, Any]:
+    values = read_json(folder / "config.json")
+    if "auto_map" in values:
+        raise BaseModelError("the model needs code of its own (auto_map in config.json), which is never run")
+    if "/" in str(values.get("attn_implementation", values.get("_attn_implementation", ""))):
+        raise BaseModelError("the config asks for an attention kernel from elsewhere, which is never loaded")
+    if values.get("quantization_config"):
+        raise BaseModelError("the weights are quantised already; use the model's original weights")
+    return values
 
 
 def load_tokenizer(folder: Path, embeddings: int) -> Any:
@@ -183,10 +212,7 @@ def load_tokenizer(folder: Path, embeddings: int) -> Any:
     config = folder / "tokenizer_config.json"
     if config.exists() and "auto_map" in read_json(config):
         raise BaseModelError("the tokenizer needs code of its own (auto_map), which is never run")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BaseModelError(f"the tokenizer cannot be loaded: {error}") from error
+    tokenizer: Any = tokenizers.read(folder) or _automatic_tokenizer(folder)
     # Special tokens that no text needs may lie beyond: Gemma 3 without vision has one. `data.py` looks at each example.
     needed = [tokenizer.vocab_size - 1, tokenizer.bos_token_id, tokenizer.eos_token_id]
     needed += [number for number, token in tokenizer.added_tokens_decoder.items() if not token.special]
@@ -197,6 +223,15 @@ def load_tokenizer(folder: Path, embeddings: int) -> Any:
             "tokenizer, or resize the embeddings (resize_token_embeddings in transformers) and save both together"
         )
     return tokenizer
+
+
+def _automatic_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(f"the tokenizer cannot be loaded: {error}") from error
 
 
 def _fill(model: Any, weights: Weights, device: torch.device, quantization: str) -> None:
@@ -223,7 +258,7 @@ def place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 
 def _quantized(module: nn.Module, weight: Tensor, quantization: str) -> QuantizedLinear:
-    oriented = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+    oriented = weight.t().contiguous() if _is_transposed(module) else weight
     return LAYERS[quantization](oriented, module._parameters.get("bias"), weight.dtype)
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,18 +41,14 @@ class Optimizer:
             SpecError: `config.optimizer` does not run on this device.
         """
         check_device(config, parameters.device.type)
-        parts = [parameters[rate.where] for rate in rates]
-        for part, rate in zip(parts, rates, strict=True):
-            part.grad = gradients[rate.where]
         self._multipliers = [(rate.peak or config.learning_rate) / config.learning_rate * rate.ratio for rate in rates]
         make = {"adamw": _adamw, "sgd": _sgd}.get(config.optimizer, _bitsandbytes)
-        self._inner = make(parts, [rate.where for rate in rates], config)
+        places = [rate.where for rate in rates]
+        self._inner = make([parameters[where] for where in places], [gradients[where] for where in places], config)
 
     def step(self, learning_rate: float) -> None:
         """One update; `learning_rate` is the schedule's, of the parameters whose `Rate` says nothing else."""
-        for group, multiplier in zip(self._inner.groups, self._multipliers, strict=True):
-            group["lr"] = multiplier * learning_rate
-        self._inner.step()
+        self._inner.step([multiplier * learning_rate for multiplier in self._multipliers])
 
     def state(self) -> dict[str, Tensor]:
         """References, not copies: an optimizer into which they are copied goes on to the bit."""
@@ -62,41 +57,56 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class _Inner:
-    """What differs between optimizers; `groups` are PyTorch's parameter groups, one a rate."""
+    """What differs between optimizers; `step` is given a learning rate for each part."""
 
-    groups: list[dict[str, Any]]
     state: Mapping[str, Tensor]
-    step: Callable[[], Any]
+    step: Callable[[Sequence[float]], None]
 
 
-def _adamw(parts: Sequence[Tensor], places: Sequence[slice], config: TrainingConfig) -> _Inner:
+# The operations under PyTorch's optimizers, whose classes import a compiler that takes as long as the rest of PyTorch.
+
+
+def _adamw(parts: Sequence[Tensor], gradients: Sequence[Tensor], config: TrainingConfig) -> _Inner:
     """Decoupled weight decay (arXiv 1711.05101). State: moments like the parameters, and steps by rate."""
-    optimizer = torch.optim.AdamW(_grouped(parts), lr=0.0, weight_decay=config.weight_decay, fused=True)
-    moments = {name: _zeros(parts) for name in ("exp_avg", "exp_avg_sq")}
+    first, second = _like(parts), _like(parts)
     steps = torch.zeros(len(parts), device=parts[0].device)
-    for number, (part, place) in enumerate(zip(parts, places, strict=True)):
-        optimizer.state[part] = {"step": steps[number], **{name: moment[place] for name, moment in moments.items()}}
-    return _Inner(optimizer.param_groups, {"step": steps, **moments}, optimizer.step)
+
+    def step(rates: Sequence[float]) -> None:
+        steps.add_(1)
+        split = zip(rates, parts, gradients, *(_split(moment, parts) for moment in (first, second)), steps, strict=True)
+        for rate, part, gradient, mean, square, count in split:
+            torch._fused_adamw_(
+                [part], [gradient], [mean], [square], [], [count], lr=rate, beta1=0.9, beta2=0.999, eps=1e-8,
+                weight_decay=config.weight_decay, amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
+            )  # fmt: skip
+
+    return _Inner({"step": steps, "exp_avg": first, "exp_avg_sq": second}, step)
 
 
-def _sgd(parts: Sequence[Tensor], places: Sequence[slice], config: TrainingConfig) -> _Inner:
+def _sgd(parts: Sequence[Tensor], gradients: Sequence[Tensor], config: TrainingConfig) -> _Inner:
     """Weight decay is part of the gradient, as in PyTorch. State: where there is momentum, a buffer of it."""
-    optimizer = torch.optim.SGD(
-        _grouped(parts), lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-    state = {"momentum_buffer": _zeros(parts)} if config.momentum else {}
-    for part, place in zip(parts, places, strict=True):
-        # From zero the first step is PyTorch's, whose buffer begins as the gradient.
-        optimizer.state[part] = {name: buffer[place] for name, buffer in state.items()}
-    return _Inner(optimizer.param_groups, state, optimizer.step)
+    # From zero the first step is PyTorch's, whose buffer begins as the gradient.
+    buffer = _like(parts) if config.momentum else None
+
+    def step(rates: Sequence[float]) -> None:
+        buffers = [[]] * len(parts) if buffer is None else [[own] for own in _split(buffer, parts)]
+        for rate, part, gradient, own in zip(rates, parts, gradients, buffers, strict=True):
+            torch._fused_sgd_(
+                [part], [gradient], own, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay,
+                dampening=0.0, nesterov=False, maximize=False, is_first_step=False, grad_scale=None, found_inf=None,
+            )  # fmt: skip
+
+    return _Inner({} if buffer is None else {"momentum_buffer": buffer}, step)
 
 
-def _bitsandbytes(parts: Sequence[Tensor], _: Sequence[slice], config: TrainingConfig) -> _Inner:
+def _bitsandbytes(parts: Sequence[Tensor], gradients: Sequence[Tensor], config: TrainingConfig) -> _Inner:
     """AdamW with state in 8 bit, in blocks of 256 (arXiv 2110.02861), in pages that move to the host, or both."""
     import bitsandbytes  # takes seconds, and only these optimizers need it
 
+    for part, gradient in zip(parts, gradients, strict=True):
+        part.grad = gradient
     kind = getattr(bitsandbytes.optim, _BITSANDBYTES[config.optimizer])
-    optimizer = kind(_grouped(parts), lr=0.0, weight_decay=config.weight_decay)
+    optimizer = kind([{"params": [part]} for part in parts], lr=0.0, weight_decay=config.weight_decay)
     steps = torch.zeros((), dtype=torch.int64)  # theirs are Python numbers, which no checkpoint can be copied into
     state = {"step": steps}
     for number, part in enumerate(parts):
@@ -104,21 +114,23 @@ def _bitsandbytes(parts: Sequence[Tensor], _: Sequence[slice], config: TrainingC
         kept = ((name, optimizer.state[part].get(name)) for name in ("state1", "state2", "absmax1", "absmax2"))
         state |= {f"{name}.{number}": tensor for name, tensor in kept if tensor is not None}
 
-    def step() -> None:
+    def step(rates: Sequence[float]) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         for own in optimizer.state.values():
             own["step"] = int(steps)
         optimizer.step()
         steps.add_(1)
 
-    return _Inner(optimizer.param_groups, state, step)
+    return _Inner(state, step)
 
 
-def _zeros(parts: Sequence[Tensor]) -> Tensor:
+def _like(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].new_zeros(sum(len(part) for part in parts))
 
 
-def _grouped(parts: Sequence[Tensor]) -> list[dict[str, Any]]:
-    return [{"params": [part]} for part in parts]
+def _split(state: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.split(state, [len(part) for part in parts])
 
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:

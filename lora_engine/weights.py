@@ -10,17 +10,18 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lora_engine import strict_json
 from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.safetensors_file import read_header
+
+if TYPE_CHECKING:  # seconds of import, which a model whose files have the architecture's own names does without
+    from transformers.core_model_loading import WeightConverter
 
 # Rotary frequencies are computed, not loaded; old checkpoints still carry them.
 _COMPUTED = r"rotary_emb\.inv_freq$"
@@ -32,7 +33,7 @@ _MAPPED_BYTES = 64 << 20
 class _Part:
     """Stored tensors that make one tensor of the model, or several: `converter` knows how, None means as it is."""
 
-    converter: WeightConverter | None
+    converter: "WeightConverter | None"
     sources: list[tuple[str, str]] = field(default_factory=list)  # pattern of the converter, stored name
 
 
@@ -91,15 +92,21 @@ class Weights:
     def _assign(self) -> tuple[set[str], list[str]]:
         """Find every stored tensor its place; the names in the model that are provided, and what found no place."""
         model, expected = self._model, self._expected
+        stored_names = self._files.names()
         # Making the rules of all architectures takes as long as reading a small model.
-        plain = all(stored in expected for stored in self._files.names())
-        transforms = [] if plain else get_model_conversion_mapping(model)
+        if all(name in expected for name in stored_names):
+            self._parts = {name: _Part(None, [("", name)]) for name in sorted(stored_names, key=_natural)}
+            return set(stored_names), []
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        transforms = get_model_conversion_mapping(model)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         found: set[str] = set()
         unexpected = []
-        for stored in sorted(self._files.names(), key=dot_natural_key):
+        for stored in sorted(stored_names, key=_natural):
             name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
             if name not in expected:  # a name that did not have to be changed
                 name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, expected)
@@ -115,7 +122,7 @@ class Weights:
         return found, unexpected
 
     def _convert(
-        self, part: _Part, converter: WeightConverter, first: str, device: torch.device
+        self, part: _Part, converter: "WeightConverter", first: str, device: torch.device
     ) -> dict[str, Tensor]:  # fmt: skip
         dtype = self._expected[first].dtype
         for pattern, stored in part.sources:
@@ -172,6 +179,20 @@ class _Files:
             raise BaseModelError(f"{path.name} cannot be read: {error}") from None
         self._read_bytes += tensor.nbytes
         return tensor
+
+
+def stored_names(folder: Path) -> list[str]:
+    """Of all tensors in the files of `folder`.
+
+    Raises:
+        BaseModelError: a file cannot be read.
+    """
+    return _Files(folder).names()
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(0, len(part), part) if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_engine import adapter, base_model
 from lora_engine.adapter import Adapter, LoraWeights
@@ -36,9 +36,10 @@ def random_adapter(base: BaseModel, *, rank: int = 4, scale: float = 0.3, **sett
 
 def expected(model: Any, base: BaseModel, max_new_tokens: int = 24) -> str:
     """The answer to CHAT by transformers' own generation."""
-    ids = base.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
-    text: str = base.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    text: str = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 
 
@@ -76,9 +77,10 @@ def test_it_ends_before_the_first_stop_token(base: BaseModel) -> None:
 
 def test_a_plain_text_is_continued(base: BaseModel) -> None:
     model = AutoModelForCausalLM.from_pretrained(base.folder)
-    ids = base.tokenizer("The quick brown", return_tensors="pt")  # its BOS included
+    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    ids = tokenizer("The quick brown", return_tensors="pt")  # its BOS included
     output = model.generate(**ids, max_new_tokens=12, do_sample=False)
-    wanted = base.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    wanted = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert generate(base, "The quick brown", max_new_tokens=12) == wanted
 
 
