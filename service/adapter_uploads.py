@@ -12,13 +12,12 @@ from typing import Any, Self
 
 from sqlalchemy.orm import Session
 
-from lora_engine import strict_json
 from lora_engine.adapter_header import CONFIG, WEIGHTS
 from lora_engine.errors import AdapterError
 from lora_engine.fields import to_mapping
 from lora_engine.ingest_config import IngestConfig
-from lora_engine.ingest_plan import Plan, plan
-from lora_engine.safetensors_file import Entry, data_offset, header_of
+from lora_engine.ingest_headers import Told, look
+from lora_engine.safetensors_file import data_offset
 from service import base_models, jobs, leases
 from service import storage as objects
 from service.db import Database
@@ -73,11 +72,12 @@ class _Pair:
             self._look_at_start()
         self.file.write(data)
 
-    def finish(self) -> tuple[Any, dict[str, Entry]]:
-        """Close the files; the config, decoded, and the tensors.
+    def finish(self, ingest: IngestConfig | None = None) -> Told:
+        """Close the files; what their headers say.
 
         Raises:
             Invalid: a file is missing; the config is no JSON object; the header and the file do not fit together.
+            AdapterError: the tensors and the config do not fit together, or cannot be kept.
         """
         for name, field, size in ((CONFIG, "config", len(self._config)), (WEIGHTS, "weights", self._size)):
             if not size:
@@ -85,13 +85,11 @@ class _Pair:
         self.file.close()
         (self._folder / CONFIG).write_bytes(self._config)
         try:
-            config = strict_json.loads(bytes(self._config))
-        except strict_json.StrictJSONError as error:
-            raise self._fault("config", str(error)) from None
-        try:
-            return config, header_of(bytes(self._start), self._size)
+            return look(bytes(self._config), bytes(self._start), self._size, ingest)
         except AdapterError as error:
-            raise self._fault("weights", error.message) from None
+            if "field" not in error.facts:
+                raise
+            raise self._fault(error.facts["field"], error.message) from None
 
     def _look_at_start(self) -> None:
         signature = next((what for start, what in _SIGNATURES.items() if self._start.startswith(start)), None)
@@ -138,7 +136,7 @@ class Upload:
             f"{INITIAL}_weights": self._initial.weights,
         }
 
-    def finish(self, ingest: IngestConfig, *, archived: bool) -> tuple[Plan, list[dict[str, Any]]]:
+    def finish(self, ingest: IngestConfig, *, archived: bool) -> tuple[Told, list[dict[str, Any]]]:
         """What the headers say, and name, size and SHA-256 of each file that was received.
 
         Raises:
@@ -147,16 +145,14 @@ class Upload:
         """
         if archived:
             self._archive.finish()
-        config, tensors = self._main.finish()
-        told = plan(config, tensors, ingest)
+        told = self._main.finish(ingest)
         pairs = [""]
         if not self._initial.is_empty:
-            plan(*self._initial.finish())
+            self._initial.finish()
             pairs.append(f"{INITIAL}/")
         elif told.moved_base:
-            start = str(config["init_lora_weights"])[:40]
             raise Invalid(
-                f"{INITIAL}_weights: init_lora_weights is {start!r}, which changed the base model too; send "
+                f"{INITIAL}_weights: init_lora_weights is {told.moved_base!r}, which changed the base model too; send "
                 f"{INITIAL}_config and {INITIAL}_weights, the adapter as it was saved before training",
                 param=f"{INITIAL}_weights",
             )
@@ -174,7 +170,7 @@ class Foreign:
 
     folder: Path
     files: list[dict[str, Any]]
-    plan: Plan
+    told: Told
     base_model: str
     name: str | None
     config: IngestConfig
@@ -222,7 +218,7 @@ def submit(
 def _job(session: Session, foreign: Foreign) -> Job:
     base = base_models.catalogued(session, foreign.base_model)
     jobs.check_name(foreign.name)
-    _check_base(base, foreign.plan)
+    _check_base(base, foreign.told)
     job = Job(
         kind="ingest",
         name=foreign.name or "uploaded adapter",
@@ -233,16 +229,14 @@ def _job(session: Session, foreign: Foreign) -> Job:
     return job
 
 
-def _check_base(base: BaseModel, told: Plan) -> None:
+def _check_base(base: BaseModel, told: Told) -> None:
     """Layers of names and shapes that the base model has; what else an adapter may change is the engine's to say."""
     shapes = {module["name"]: (module["outputs"], module["inputs"]) for module in base.modules}
-    for name, module in told.modules.items():
+    for name, (outputs, inputs) in told.shapes.items():
         shape = shapes.get(name)
-        if shape is not None and shape != (module.outputs, module.inputs):
-            message = (
-                f"{name} is {module.outputs} × {module.inputs} in the adapter, {shape[0]} × {shape[1]} in {base.id}"
-            )
+        if shape is not None and shape != (outputs, inputs):
+            message = f"{name} is {outputs} × {inputs} in the adapter, {shape[0]} × {shape[1]} in {base.id}"
             raise Invalid(f"base_model: {message}: choose the one that it was trained on", param="base_model")
-    if told.modules and not shapes.keys() & told.modules.keys():
-        message = f"{base.id} has no layer {min(told.modules)}: choose the one that the adapter was trained on"
+    if told.shapes and not shapes.keys() & told.shapes.keys():
+        message = f"{base.id} has no layer {min(told.shapes)}: choose the one that the adapter was trained on"
         raise Invalid(f"base_model: {message}", param="base_model")

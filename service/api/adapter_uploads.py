@@ -85,8 +85,8 @@ async def upload_adapter(
         if archived and {"config", "weights"} & set(form.seen):
             raise Invalid("archive: stands in the place of config and weights; send either", param="archive")
         config = _config(form)
-        plan, files = await anyio.to_thread.run_sync(lambda: upload.finish(config, archived=archived))
-        foreign = Foreign(folder, files, plan, base_model, form.text("name"), config)
+        told, files = await anyio.to_thread.run_sync(lambda: upload.finish(config, archived=archived))
+        foreign = Foreign(folder, files, told, base_model, form.text("name"), config)
         known = idempotency(Body({}, foreign.sha256), key)
         return await anyio.to_thread.run_sync(_submit, parts, caller.user_id, foreign, known, response)
 

@@ -59,7 +59,7 @@ def test_m8_a_download_is_whole_or_breaks_off(
         received, broken = b"", False
         with client.stream("GET", f"/adapters/{adapter}/{path}", timeout=20) as answer:
             try:
-                for chunk in answer.iter_raw(1 << 12):
+                for chunk in answer.iter_raw():
                     received += chunk
                     if not swept.is_set():
                         assert sqlite_site.ann.delete(f"/adapters/{adapter}").status_code == 200
