@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -26,10 +26,10 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says about a route's refusals."""
     reasons = {
         400: "The request cannot be read", 401: "No valid API key", 403: "The key does not allow it",
-        404: "No such object, or another owner's", 408: "The body did not arrive", 409: "Not in a state that allows this",
-        413: "Larger than the limit", 415: "Not a format that is read here", 416: "No such range",
-        422: "A field or a row is impossible",
-        429: "Too many at once", 503: "A part this depends on does not answer", 507: "The disk is full",
+        404: "No such object, or another owner's", 408: "The body did not arrive",
+        409: "Not in a state that allows this", 413: "Larger than the limit", 415: "Not a format that is read here",
+        416: "No such range", 422: "A field or a row is impossible", 429: "Too many at once",
+        503: "A part this depends on does not answer", 507: "The disk is full",
     }  # fmt: skip
     return {status: {"model": schemas.ErrorBody, "description": reasons[status]} for status in statuses}
 
@@ -54,7 +54,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OSError, _os_error)
     app.add_exception_handler(ObjectMissing, _object_missing)
     app.add_exception_handler(ObjectDamaged, _object_missing)
-    for kind in (OperationalError, InterfaceError, PoolTimeout):
+    # InternalError is what a primary says that has become a standby, and a transaction that stood still for too long.
+    for kind in (OperationalError, InterfaceError, InternalError, PoolTimeout):
         app.add_exception_handler(kind, _database_error)
 
 
@@ -91,6 +92,8 @@ def _client_gone(_: Request, __: Exception) -> Response:
 
 def _database_error(_: Request, error: Exception) -> Response:
     log.error("the database does not answer: %s", error)
+    if "disk is full" in str(error) or getattr(getattr(error, "orig", None), "sqlstate", None) == "53100":
+        return answer(NoSpace("there is no space left on the database's disk"))
     return answer(Unavailable("the database does not answer; try again", code="database_unavailable"))
 
 

@@ -26,7 +26,7 @@ class Proxy:
         self._cut = False
         self._flows = threading.Event()
         self._flows.set()
-        self._lose_after: bytes | None = None
+        self._lose: tuple[bytes, bytes] | None = None
         self.lost_answers = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -61,12 +61,12 @@ class Proxy:
         """RST on every connection there is."""
         self._run(self._reset())
 
-    def lose_answer(self, after: bytes) -> None:
-        """Of the next message of a client that has `after` in it the answer is lost, and the connection reset.
+    def lose_answer(self, after: bytes, once_seen: bytes) -> None:
+        """Of the next message that has `after` in it, on a connection that sent `once_seen` before, the answer is lost.
 
-        The server has carried it out by then.
+        The server has carried it out by then; the client sees its connection reset.
         """
-        self._lose_after = after
+        self._lose = (once_seen, after)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
@@ -116,13 +116,16 @@ class Proxy:
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, losing: asyncio.Event, *, asked: bool
     ) -> None:
+        seen = False
         while piece := await reader.read(_PIECE):
             await self._flowing()
             if self.latency:
                 await asyncio.sleep(self.latency)
-            if asked and self._lose_after is not None and self._lose_after in piece:
-                self._lose_after = None
-                losing.set()
+            if asked and self._lose is not None:
+                seen = seen or self._lose[0] in piece
+                if seen and self._lose[1] in piece:
+                    self._lose = None
+                    losing.set()
             elif not asked and losing.is_set():
                 self.lost_answers += 1
                 raise ConnectionResetError

@@ -49,7 +49,7 @@ def is_refused(answer: httpx.Response) -> bool:
 
 def test_f3_the_answer_to_a_commit_is_lost_and_the_retry_finds_the_job(site: Site, proxy: Proxy) -> None:
     dataset_id = rows.add_dataset(site.database, site.ids["ann"])
-    proxy.lose_answer(after=b"COMMIT")
+    proxy.lose_answer(after=b"COMMIT", once_seen=b"INSERT INTO jobs")
     assert is_refused(submit(site, "lost", dataset_id))
     assert proxy.lost_answers == 1
     answer = submit(site, "lost", dataset_id)
@@ -116,7 +116,7 @@ def test_f8_a_standby_that_cannot_be_written_to_is_told_as_503(site: Site, postg
 
 
 def test_f9_a_slow_database_makes_slow_answers_and_no_faults(site: Site, proxy: Proxy) -> None:
-    proxy.latency = 0.3  # each way
+    proxy.latency = 0.04  # each way, and a request takes some twenty
     dataset_id = rows.add_dataset(site.database, site.ids["ann"])
     assert submit(site, "slow", dataset_id).status_code == 201
 
