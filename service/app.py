@@ -14,11 +14,15 @@ from service.api import (
     adapters,
     aliases,
     artifacts,
+    audit,
     base_models,
     datasets,
+    erasures,
     health,
     jobs,
+    keys,
     merges,
+    users,
     webhooks,
 )
 from service.api.edge import Edge
@@ -54,8 +58,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     install(app)
     app.include_router(health.router)
     results = (aliases, merges, adapter_jobs, adapter_uploads, adapters, artifacts)
-    for module in (datasets, jobs, *results, base_models, webhooks):
-        app.include_router(module.router, responses=documented(401, 422, 503))
+    accounts = (keys, users, erasures, audit)
+    for module in (datasets, jobs, *results, base_models, webhooks, *accounts):
+        app.include_router(module.router, responses=documented(401, 403, 422, 429, 503))
     return app
 
 

@@ -310,7 +310,7 @@ class Deleted(Model):
 
     model_config = _with({"id": shown.DATASET["id"], "object": "dataset", "deleted": True})
     id: str
-    object: Literal["dataset", "adapter", "adapter.alias", "artifact", "webhook"]
+    object: Literal["dataset", "adapter", "adapter.alias", "artifact", "webhook", "api_key"]
     deleted: Literal[True] = True
 
 
