@@ -1,13 +1,15 @@
 """A worker without Celery: a supervisor and its host, and what a test wants from them."""
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import make_url, select, update
+from sqlalchemy.orm import Session
 
 import migrations
 from lora_engine.base_files import file_list
@@ -91,6 +93,10 @@ class Bench:
         with self.database.unit_of_work() as session:
             session.execute(update(Job).where(Job.state == "queued").values(run_after=now()))
 
+    def expire(self, session: Session, job_id: str) -> None:
+        """End the lease of a worker that is gone, without waiting for it."""
+        session.execute(update(Job).where(Job.id == job_id).values(lease_until=now() - 1))
+
     def reap(self, job_id: str) -> None:
         """Wait until the lease has run out, and take the job from its worker."""
         deadline = time.monotonic() + 30
@@ -100,6 +106,15 @@ class Bench:
                     return
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+    def is_writable(self) -> bool:
+        """Whether nobody holds the lock on writing, where there is only one."""
+        with sqlite3.connect(make_url(self.settings.database_url).database or "", timeout=0.1) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+        return True
 
     @property
     def host(self) -> Host:

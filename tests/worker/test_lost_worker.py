@@ -128,9 +128,10 @@ def test_a_worker_that_was_away_changes_nothing_any_more(
 ) -> None:
     """Stopped past its lease, it comes back when another one has done the job."""
     job_id = submit(bench)
-    points.arm(point, "stop")
+    points.arm(point, "sleep", seconds=2)
     with LoneWorker(bench, points) as worker:
         worker.wait_for(point)
+        worker.stop()
         bench.reap(job_id)
         bench.rest()
         bench.run()
@@ -150,10 +151,12 @@ def test_a_worker_that_was_away_changes_nothing_any_more(
 @pytest.mark.parametrize("back", [False, pytest.param(True, marks=long)], ids=["dead", "away"])
 def test_a_cancel_does_not_need_the_worker(bench: Bench, points: Failpoints, back: bool) -> None:
     job_id = submit(bench)
-    points.arm("worker.checkpoint_recorded", "stop")
+    points.arm("worker.checkpoint_recorded", "sleep", seconds=2)
     with LoneWorker(bench, points) as worker:
         worker.wait_for("worker.checkpoint_recorded")
-        if not back:
+        if back:
+            worker.stop()
+        else:
             worker.kill()
         with bench.database.unit_of_work() as session:
             assert jobs.cancel(session, bench.owner, job_id).state == "cancelling"
