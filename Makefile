@@ -1,14 +1,17 @@
 # Needs GNU make and Python 3.11 or newer; everything else is installed into .venv. PYTHON=… names an interpreter.
 
 PROFILE ?= cpu
+SECRETS ?= secrets
 BIN := .venv/bin
 READY := .venv/.ready
+SBOM_TOOL := cyclonedx-bom==7.5.0
+AUDIT_TOOL := pip-audit==2.10.1
 
 # Byte code is written once: without it every process would compile torch's 2,000 files anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench up e2e-compose clean
+.PHONY: help setup demo test check bench up secrets e2e-compose sbom audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,20 +34,42 @@ check: $(READY) ## lint, format, types, imports, migrations, compose file
 	@$(BIN)/mypy docker/e2e_compose.py docker/e2e_containers.py
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m migrations check
-	@POSTGRES_PASSWORD=check REDIS_PASSWORD=check \
-		"$$($(BIN)/python -c 'import compose; print(compose.__path__[0])')/docker-compose" --profile '*' config --quiet
+	@"$$($(BIN)/python -c 'import compose; print(compose.__path__[0])')/docker-compose" --profile '*' config --quiet
 
 bench: $(READY) ## measure what the README claims
 	@set -e; for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
-up: .env ## start the production containers (PROFILE=gpu on a machine with NVIDIA GPUs)
+up: .env secrets ## start the production containers (PROFILE=gpu on a machine with NVIDIA GPUs)
 	@docker compose --profile $(PROFILE) up --detach --build --wait
 	@echo "Running. A user and her API key: docker compose exec api luthier users add NAME"
+
+secrets: ## make the passwords of the production containers that are not there yet
+	@umask 077; mkdir -p $(SECRETS); set -e; \
+	for name in postgres_password api_database_password worker_database_password redis_password; do \
+		[ -e $(SECRETS)/$$name ] || { od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >$(SECRETS)/$$name; echo "Made $$name."; }; \
+	done; \
+	[ -e $(SECRETS)/s3_secret_access_key ] || : >$(SECRETS)/s3_secret_access_key; \
+	chmod 0444 $(SECRETS)/*
 
 e2e-compose: $(READY) ## build the containers, train in them, kill a worker, take them down (minutes)
 	@$(BIN)/python docker/e2e_compose.py
 
-clean: ## remove what these targets made here: .venv, caches, demo data (not .env, not volumes)
+sbom: $(READY) ## write dist/sbom.cdx.json, all packages of .venv as CycloneDX
+	@mkdir -p dist
+	@$(BIN)/uv tool run --quiet --from $(SBOM_TOOL) cyclonedx-py environment --pyproject pyproject.toml \
+		--output-reproducible --of JSON -o dist/sbom.cdx.json $(BIN)/python
+	@$(BIN)/python -c 'import importlib.metadata as installed, json, re; \
+		name = lambda text: re.sub("[-_.]+", "-", text).lower(); \
+		has = {(name(d.name), d.version) for d in installed.distributions()}; \
+		parts = json.load(open("dist/sbom.cdx.json"))["components"]; \
+		told = {(name(part["name"]), part["version"]) for part in parts}; \
+		assert has - told <= {("luthier", installed.version("luthier"))} and told <= has, has ^ told; \
+		print("dist/sbom.cdx.json:", len(told), "packages, all that are installed")'
+
+audit: $(READY) ## look for known vulnerabilities of the pinned packages; fails where one cannot be looked up
+	@$(BIN)/uv tool run --quiet --from $(AUDIT_TOOL) pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
+clean: ## remove what these targets made here: .venv, caches, demo data (not .env, secrets, volumes)
 	@rm -rf .venv .demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -70,7 +95,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 .env:
-	@umask 077; awk '/^(POSTGRES|REDIS)_PASSWORD=$$/ { \
-		"od -An -N32 -tx1 /dev/urandom | tr -d \" \\n\"" | getline secret; \
-		close("od -An -N32 -tx1 /dev/urandom | tr -d \" \\n\""); $$0 = $$0 secret } {print}' .env.example >.env
-	@echo "Wrote .env with two new secrets."
+	@cp .env.example .env

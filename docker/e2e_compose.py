@@ -95,8 +95,53 @@ def check_confinement(project: Project) -> None:
             raise SystemExit(f"{service} can write its image")
         if "CapEff:\t0000000000000000" not in project.execute(service, "cat", "/proc/self/status"):
             raise SystemExit(f"{service} has capabilities")
-    if project.ways_out("worker"):
-        raise SystemExit("the worker has a way out")
+    check_no_way_out(project)
+    check_secrets(project)
+
+
+# Connections that training has no business with: by address, to the machine itself, by name, and without a connection.
+OUTSIDE = """
+import socket, struct
+def gateways():
+    for line in open("/proc/net/route").read().splitlines()[1:]:
+        network, gateway = line.split()[1:3]
+        yield socket.inet_ntoa(struct.pack("<I", int(gateway, 16) or int(network, 16) + (1 << 24)))
+for address in ("1.1.1.1", "169.254.169.254", *gateways()):
+    for port in (22, 53, 80, 443, 2375, 38997):
+        try:
+            socket.create_connection((address, port), 0.5).close()
+            print("reached", address, port)
+        except OSError:
+            pass
+try:
+    print("resolved", socket.getaddrinfo("huggingface.co", 443)[0][4])
+except OSError:
+    pass
+"""
+
+
+def check_no_way_out(project: Project) -> None:
+    """Not by the engine's word alone: the worker really tries, and so does the database."""
+    for service in ("worker", "postgres", "redis"):
+        if project.ways_out(service):
+            raise SystemExit(f"{service} has a way out")
+    if reached := project.execute("worker", "python", "-c", OUTSIDE):
+        raise SystemExit(f"the worker gets out: {reached}")
+
+
+def check_secrets(project: Project) -> None:
+    """No secret in an environment, a command line, or what the engine tells; each service has its own alone."""
+    for service in ("postgres", "redis", "migrate", "api", "worker"):
+        told = project.told_by_the_engine(service)
+        if service != "migrate":
+            told += project.execute(service, "sh", "-c", "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' ' '")
+        if found := [name for name, secret in project.secrets.items() if secret and secret in told]:
+            raise SystemExit(f"{service} shows {found}")
+    for service in ("api", "worker"):
+        mounted = set(project.execute(service, "ls", "/run/secrets").split())
+        own = {f"{service}_database_password", "redis_password", "s3_secret_access_key"}
+        if mounted != own:
+            raise SystemExit(f"{service} has the secrets {mounted}, not {own}")
 
 
 def use(project: Project) -> None:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import socket
 import subprocess
 import sys
@@ -81,9 +80,10 @@ class Project:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        run("make", "--no-print-directory", "secrets", f"SECRETS={folder / 'secrets'}")
+        self.secrets = {path.name: path.read_text() for path in (folder / "secrets").iterdir()}
         settings = {
-            "POSTGRES_PASSWORD": secrets.token_hex(32),
-            "REDIS_PASSWORD": secrets.token_hex(32),
+            "SECRETS": str(folder / "secrets"),
             "LUTHIER_BIND": self.address,
             # Short, so that the killed worker's job is soon another's.
             "LUTHIER_LEASE_SECONDS": "10",
@@ -105,6 +105,10 @@ class Project:
 
     def container(self, service: str) -> str:
         return self("ps", "--all", "--quiet", service).strip()
+
+    def told_by_the_engine(self, service: str) -> str:
+        """Everything that whoever may ask the engine learns about a container, its environment included."""
+        return run("docker", "inspect", self.container(service))
 
     def ways_out(self, service: str) -> list[str]:
         """The networks of a service that the engine lets through to the outside."""

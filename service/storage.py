@@ -210,6 +210,9 @@ class S3Storage:
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         if endpoint:
             config["endpoint"] = endpoint
+        secret = os.environ.get("AWS_SECRET_ACCESS_KEY_FILE")
+        if secret and (key := Path(secret).read_text(encoding="utf-8").strip()):
+            config["secret_access_key"] = key
         allow_http = bool(endpoint and endpoint.startswith("http://"))
         client: Any = {"allow_http": allow_http, "timeout": request_timeout, "connect_timeout": timedelta(seconds=5)}
         backoff: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2}

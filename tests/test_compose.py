@@ -17,8 +17,10 @@ from packaging.requirements import Requirement
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-SECRETS = {"POSTGRES_PASSWORD": "0123456789abcdef0123", "REDIS_PASSWORD": "3210fedcba9876543210"}
-OURS = {"api", "migrate", "worker", "worker-gpu"}
+PASSWORDS = {"postgres_password", "api_database_password", "worker_database_password", "redis_password"}
+SECRETS = PASSWORDS | {"s3_secret_access_key"}
+TOOLS = {"admin", "download"}  # started by hand, gone afterwards
+OURS = {"api", "migrate", "worker", "worker-gpu"} | TOOLS
 COMPOSE_FILE = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
@@ -44,7 +46,7 @@ def resolved(folder: Path, variables: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return resolved(tmp_path_factory.mktemp("compose"), SECRETS)
+    return resolved(tmp_path_factory.mktemp("compose"), {})
 
 
 def example_variables() -> dict[str, str]:
@@ -57,16 +59,36 @@ def stages() -> dict[str, str]:
     return dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("missing", SECRETS)
-def test_compose_refuses_to_start_without_a_secret(tmp_path: Path, missing: str) -> None:
-    done = compose(tmp_path, SECRETS | {missing: ""}, "config", "--quiet")
-    assert done.returncode != 0
-    assert missing in done.stderr
+def test_secrets_are_files_and_each_service_has_its_own_alone(config: dict[str, Any]) -> None:
+    assert {name: Path(secret["file"]).name for name, secret in config["secrets"].items()} == {
+        name: name for name in SECRETS
+    }
+    mounted = {
+        name: {secret["source"] for secret in service.get("secrets", [])}
+        for name, service in config["services"].items()
+    }
+    of_worker = {"worker_database_password", "redis_password", "s3_secret_access_key"}
+    assert mounted == {
+        "postgres": {"postgres_password"},
+        "redis": {"redis_password"},
+        "migrate": SECRETS,
+        "api": {"api_database_password", "redis_password", "s3_secret_access_key"},
+        "worker": of_worker,
+        "worker-gpu": of_worker,
+        "download": of_worker,
+        "admin": {"postgres_password", "redis_password", "s3_secret_access_key"},
+    }
+    for name, service in config["services"].items():
+        needed = {
+            Path(value).name for variable, value in (service["environment"] or {}).items() if variable.endswith("_FILE")
+        } - {"alive"}
+        assert needed <= mounted[name], name
+        assert not re.search(r"(PASSWORD|SECRET\w*|TOKEN)=|://[^/]*:[^/]*@", json.dumps(service)), name
 
 
-def test_example_leaves_the_secrets_empty_and_nothing_else_undocumented() -> None:
+def test_the_example_documents_every_variable_and_holds_no_secret() -> None:
     variables = example_variables()
-    assert [name for name in SECRETS if variables[name] != ""] == []
+    assert [name for name in variables if re.search("PASSWORD|SECRET_|TOKEN", name)] == []
     taken = set(re.findall(r"(?<!\$)\$\{([A-Z0-9_]+)", COMPOSE_FILE)) - {"COMPOSE_PROJECT_NAME"}
     handed_on = set(re.findall(r"^ +([A-Z0-9_]+):$", COMPOSE_FILE, re.MULTILINE))
     assert set(variables) == taken | handed_on
@@ -76,19 +98,35 @@ def test_settings_know_every_variable(config: dict[str, Any]) -> None:
     names = {name for service in OURS for name in config["services"][service]["environment"]}
     ours = {name.removeprefix("LUTHIER_").lower() for name in names if name.startswith("LUTHIER_")}
     baked = {name.lower() for name in re.findall(r"LUTHIER_([A-Z_]+)=", DOCKERFILE)}
-    assert (ours | baked) - set(Settings.model_fields) == set()
+    known = set(Settings.model_fields)
+    assert (ours | baked) - known - {f"{name}_file" for name in known} == set()
+
+
+def test_every_setting_can_be_made_or_is_the_containers_own(config: dict[str, Any]) -> None:
+    handed_on = {name for service in OURS for name in config["services"][service]["environment"]}
+    fixed = {"LUTHIER_DATA_DIR", "LUTHIER_ALIVE_FILE"}  # by the images
+    for name in Settings.model_fields:
+        variable = f"LUTHIER_{name.upper()}"
+        assert {variable, f"{variable}_FILE"} & (handed_on | fixed), variable
 
 
 def test_values_of_the_example_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    services = resolved(tmp_path, example_variables() | SECRETS)["services"]
+    services = resolved(tmp_path, example_variables())["services"]
+    for name in PASSWORDS:
+        (tmp_path / name).write_text(f"the-{name}")
+    users = {"api": "luthier_api", "worker": "luthier_worker", "worker-gpu": "luthier_worker"}
+    passwords = {"luthier": "postgres", "luthier_api": "api_database", "luthier_worker": "worker_database"}
     for service in sorted(OURS):
         with monkeypatch.context() as patch:
             for name, value in services[service]["environment"].items():
-                patch.setenv(name, value)
+                if value is not None:
+                    patch.setenv(name, value.replace("/run/secrets", str(tmp_path)))
             settings = Settings()
         assert settings.environment == "production"
-        assert SECRETS["POSTGRES_PASSWORD"] in settings.database_url
-        assert SECRETS["REDIS_PASSWORD"] in settings.broker_url
+        user = users.get(service, "luthier_worker" if service == "download" else "luthier")
+        login = f"{user}:the-{passwords[user]}_password"
+        assert settings.database_url == f"postgresql+psycopg://{login}@postgres:5432/luthier"
+        assert settings.broker_url == "redis://:the-redis_password@redis:6379/0"
         assert settings.storage_url == "s3://bucket/prefix"
 
 
@@ -96,6 +134,9 @@ def test_services_restart_and_tell_their_health(config: dict[str, Any]) -> None:
     for name, service in config["services"].items():
         if name == "migrate":  # runs once; the others wait for its end
             assert service["restart"].startswith("on-failure")
+            continue
+        if name in TOOLS:
+            assert (service["restart"], service["profiles"]) == ("no", ["tools"])
             continue
         assert service["restart"] == "unless-stopped", name
         checked = "healthcheck" in service or "\nHEALTHCHECK" in stages()[service["build"]["target"]]
@@ -108,14 +149,15 @@ def test_only_the_api_is_published_and_only_on_this_machine(config: dict[str, An
     assert {port["host_ip"] for port in published["api"]} == {"127.0.0.1"}
 
 
-def test_only_the_api_has_a_way_out(config: dict[str, Any]) -> None:
+def test_only_the_api_and_the_download_have_a_way_out(config: dict[str, Any]) -> None:
     closed = {name for name, network in config["networks"].items() if network.get("internal")}
     open_services = {name for name, service in config["services"].items() if set(service["networks"]) - closed}
-    assert open_services == {"api"}
+    assert open_services == {"api", "download"}
+    assert config["services"]["download"]["entrypoint"] == ["luthier", "base-models", "add"]
 
 
 def test_workers_get_a_way_out_by_one_setting(tmp_path: Path) -> None:
-    networks = resolved(tmp_path, SECRETS | {"WORKER_OFFLINE": "false"})["networks"]
+    networks = resolved(tmp_path, {"WORKER_OFFLINE": "false"})["networks"]
     assert not networks["worker-outbound"].get("internal")
     assert networks["backend"]["internal"]
 
@@ -129,7 +171,9 @@ def test_containers_are_confined(config: dict[str, Any]) -> None:
         assert "privileged" not in service, name
         if name in OURS:
             assert "\nUSER 10001:10001\n" in stages()["runtime"]
-            assert f"FROM runtime AS {service['build']['target']}\n" in DOCKERFILE
+            built = service if "build" in service else config["services"]["worker"]
+            assert built["image"] == service["image"]
+            assert f"FROM runtime AS {built['build']['target']}\n" in DOCKERFILE
         else:
             assert service["user"] not in ("", "root", "0"), name
 
@@ -179,17 +223,24 @@ def test_make_lists_its_targets() -> None:
     assert set(re.findall(r"^([a-z][a-z0-9-]*):(?! export)", makefile, re.MULTILINE)) == set(listed)
 
 
-def test_make_writes_secrets_once(tmp_path: Path) -> None:
+def test_make_writes_each_secret_once(tmp_path: Path) -> None:
     for name in ("Makefile", ".env.example"):
         shutil.copy(ROOT / name, tmp_path)
-    make(tmp_path, ".env")
-    written = (tmp_path / ".env").read_text()
-    secrets = re.findall(r"^(?:POSTGRES|REDIS)_PASSWORD=([0-9a-f]{64})$", written, re.MULTILINE)
-    assert len(set(secrets)) == 2
-    assert re.sub(r"[0-9a-f]{64}", "", written) == EXAMPLE
-    assert (tmp_path / ".env").stat().st_mode & 0o077 == 0
-    make(tmp_path, ".env")
-    assert (tmp_path / ".env").read_text() == written
+    make(tmp_path, ".env", "secrets")
+    folder = tmp_path / "secrets"
+    secrets = {path.name: path.read_text() for path in folder.iterdir()}
+    assert set(secrets) == SECRETS
+    assert secrets.pop("s3_secret_access_key") == ""
+    assert len(set(secrets.values())) == len(PASSWORDS)
+    assert all(re.fullmatch(r"[0-9a-f]{64}", secret) for secret in secrets.values())
+    # Containers read the files as other users; nobody else gets into the folder.
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o444}
+    (folder / "redis_password").unlink()
+    make(tmp_path, "secrets")
+    again = {path.name: path.read_text() for path in folder.iterdir()}
+    assert {name for name in secrets if again[name] != secrets[name]} == {"redis_password"}
+    assert (tmp_path / ".env").read_text() == EXAMPLE
 
 
 def make(folder: Path, *targets: str) -> str:

@@ -3,7 +3,7 @@
 set -eu
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
     passwords=$(mktemp)
-    printf '%s\n' "${POSTGRES_PASSWORD:?}" >"$passwords"
+    printf '%s\n' "$(cat "${POSTGRES_PASSWORD_FILE:?}")" >"$passwords"
     initdb --username="${POSTGRES_USER:=postgres}" --pwfile="$passwords" --auth-host=scram-sha-256 --auth-local=trust
     rm "$passwords"
     pg_ctl -w -o "-c listen_addresses=" start

@@ -8,6 +8,7 @@ from typing import Annotated
 import httpx
 import typer
 
+from service import logs, traces
 from service.settings import Settings
 
 
@@ -18,6 +19,8 @@ def api(
     """Serve HTTP."""
     settings = Settings()
     refuse_open_bind(settings, host)
+    logs.configure(settings, "api")
+    traces.configure(settings, "api")
     import uvicorn  # a quarter of a second that no other command needs
 
     uvicorn.run(
@@ -26,6 +29,7 @@ def api(
         host=host,
         port=port,
         log_level="info",
+        log_config=None,
         access_log=False,
         server_header=False,
         forwarded_allow_ips=settings.trusted_proxies,
@@ -50,10 +54,14 @@ def worker() -> None:
 
 
 def migrate() -> None:
-    """Bring the database's schema up to date."""
+    """Bring the database's schema up to date, and make the roles whose passwords are set."""
     import migrations  # Alembic takes half a second, which the processes that serve do not need
+    from migrations import roles
 
-    migrations.upgrade(Settings().database_url)
+    settings = Settings()
+    migrations.upgrade(settings.database_url)
+    if settings.api_database_password and settings.worker_database_password:
+        roles.provision(settings.database_url, settings.api_database_password, settings.worker_database_password)
 
 
 def wait_ready(
