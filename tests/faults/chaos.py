@@ -46,7 +46,7 @@ _FAILURES = ("worker_lost", "process_died", "io_error", "storage_unavailable")
 class Machine:
     """Every process of the service, started by the main thread and started again when it ends."""
 
-    def __init__(self, examples: bytes) -> None:
+    def __init__(self) -> None:
         self.folder = servers.short_folder()
         self.folder.chmod(0o755)
         self.launcher = servers.Launcher()
@@ -89,7 +89,7 @@ class Machine:
 
     def kill(self, name: str) -> None:
         pid = self.processes[name.removesuffix("'s host")].pid
-        with suppress(psutil.NoSuchProcess, IndexError):
+        with suppress(psutil.NoSuchProcess, ValueError):
             if name.endswith("'s host"):
                 (pid,) = [child.pid for child in psutil.Process(pid).children()][:1]
             os.kill(pid, signal.SIGKILL)
@@ -122,11 +122,9 @@ class Machine:
 
 
 def examples() -> bytes:
-    rows = [
-        [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is " * 2}]
-        for n in range(48)
-    ]
-    return b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows)
+    """JSONL: 48 pairs."""
+    pairs = [(f"say {number}", f"{number} it is " * 2) for number in range(48)]
+    return b"".join(json.dumps({"prompt": asked, "completion": said}).encode() + b"\n" for asked, said in pairs)
 
 
 def rage(machine: Machine, load: Load, seconds: float, chance: random.Random) -> tuple[Counter[str], dict[str, Any]]:
@@ -201,7 +199,7 @@ def run(seconds: float, seed: int) -> None:
     """One chaos run. Raises AssertionError."""
     print(f"chaos for {seconds:.0f} s, seed {seed}", flush=True)
     content = examples()
-    machine = Machine(content)
+    machine = Machine()
     try:
         urls = [f"http://127.0.0.1:{port}" for port in machine.ports.values()]
         load = Load(urls, machine.key, seed, content)

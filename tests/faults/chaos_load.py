@@ -118,9 +118,8 @@ class Load:
     def _merge(self) -> None:
         found = [row["id"] for row in self.get("/adapters")["data"]]
         if len(found) >= 2:
-            pair = [
-                {"adapter": id_, "weight": round(self._random.random(), 6)} for id_ in self._random.sample(found, 2)
-            ]
+            two = self._random.sample(found, 2)
+            pair = [{"adapter": id_, "weight": round(self._random.random(), 6)} for id_ in two]
             self._take("/adapters/merge", {"adapters": pair})
         self._stopping.wait(8)
 
