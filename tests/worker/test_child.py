@@ -70,3 +70,14 @@ def test_the_host_gets_no_credentials(monkeypatch: pytest.MonkeyPatch, popen: li
     host.kill()
     assert b"PATH=" in environment
     assert b"canary-secret" not in environment
+
+
+def test_a_host_ends_when_nobody_can_give_it_orders_any_more() -> None:
+    """Where the kernel does not see to it, the end of its stdin does."""
+    program = "import time; from worker.channel import HostChannel; HostChannel(); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(5) == 1
