@@ -27,6 +27,7 @@ from service.api import (
 )
 from service.api.edge import Edge
 from service.api.errors import documented, install
+from service.api.observed import Observed
 from service.api.request import Parts
 from service.courier import Courier
 from service.db import Database
@@ -55,6 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(Edge, allowed_hosts=known.hosts)
+    app.add_middleware(Observed)  # around the edge, so that it sees its refusals
     install(app)
     app.include_router(health.router)
     results = (aliases, merges, adapter_jobs, adapter_uploads, adapters, artifacts)

@@ -12,7 +12,7 @@ from lora_engine import failpoints
 from lora_engine.config import LoraConfig, TrainingConfig, check_held_out, to_mapping
 from lora_engine.errors import SpecError
 from lora_engine.target_modules import Module, targets
-from service import base_models, datasets, endings, events, queue, quotas
+from service import base_models, datasets, endings, events, queue, quotas, traces
 from service.db import now
 from service.errors import Conflict, Invalid, NotFound
 from service.models import ACTIVE, BaseModel, IdempotencyKey, Job, new_id
@@ -267,7 +267,7 @@ def _accept(session: Session, owner_id: str, job: Job, idempotency: Idempotency 
     created = job.id is None
     if created:
         quotas.admit_job(session, owner_id)
-        job.id, job.owner_id = new_id("job"), owner_id
+        job.id, job.owner_id, job.trace_parent = new_id("job"), owner_id, traces.current()
         session.add(job)
         session.flush()
     if idempotency is not None:

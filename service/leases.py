@@ -38,6 +38,7 @@ class Claim:
     kind: str
     epoch: int
     attempt: int
+    trace_parent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: flo
             lease_until=now() + lease_seconds,
             phase="claimed",
         )
-        .returning(Job.id, Job.owner_id, Job.kind, Job.epoch, Job.attempt)
+        .returning(Job.id, Job.owner_id, Job.kind, Job.epoch, Job.attempt, Job.trace_parent)
         .execution_options(synchronize_session=False)
     )
     try:
@@ -106,7 +107,7 @@ def claim(session: Session, worker_id: str, device_slot: str, lease_seconds: flo
     if row is None:
         return None
     events.append(session, row.id, f"Claimed by a worker (attempt {row.attempt})")
-    return Claim(row.id, row.owner_id, row.kind, row.epoch, row.attempt)
+    return Claim(row.id, row.owner_id, row.kind, row.epoch, row.attempt, row.trace_parent)
 
 
 def claimable(*columns: Any) -> Select[Any]:

@@ -101,8 +101,10 @@ def addresses(target: Target, policy: Policy, seconds: float) -> list[str]:
 
 
 def _check_host(host: str) -> None:
-    """Raises Refused for what resolvers read in more than one way, such as 0x7f.1 or 2130706433."""
+    """Raises Refused for what resolvers read in more than one way, such as 0x7f.1 or 2130706433, and for zones."""
     try:
+        if "%" in host:
+            raise ValueError
         ip_address(host)
     except ValueError:
         labels = host.split(".")

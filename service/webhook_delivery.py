@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import ssl
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -85,18 +85,18 @@ def _fault(error: Exception) -> str:
             return f"its certificate is not valid: {cause.verify_message}"
         if isinstance(cause, ssl.SSLError):
             return "does not speak TLS"
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     return "the connection failed" if isinstance(error, httpcore.ConnectError) else "the connection broke off"
 
 
-def _post(target: Target, dialler: "_Dialler", headers: dict[str, str], body: bytes, tls: ssl.SSLContext) -> int:
+def _post(target: Target, dialler: "_Dialler", headers: Mapping[str, str], body: bytes, tls: ssl.SSLContext) -> int:
     """The status. The rest of the answer is left where it is: nobody reads it."""
     url = httpcore.URL(
         scheme=target.scheme.encode(), host=target.host.encode(), port=target.port, target=target.path.encode()
     )
     with (
         httpcore.ConnectionPool(ssl_context=tls, network_backend=dialler) as pool,
-        pool.stream("POST", url, headers={"host": target.authority, **headers}, content=body) as answer,
+        pool.stream("POST", url, headers=list({"host": target.authority, **headers}.items()), content=body) as answer,
     ):
         return int(answer.status)
 

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
+from contextvars import copy_context
 from itertools import islice
 from typing import Any, Self
 
@@ -34,7 +35,7 @@ class Reporter:
         self._renewed = time.monotonic()
         self.wish: leases.Wish | None = None  # a cancel stays; a drain may be taken back by a resume
         self.fenced = False
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=copy_context().run, args=(self._beat,), name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -9,7 +9,7 @@ import time
 from sqlalchemy.exc import SQLAlchemyError
 
 from lora_engine import failpoints
-from service import leases
+from service import leases, logs, traces
 from service.db import Database
 from service.errors import ServiceError
 from service.leases import Claim
@@ -76,7 +76,9 @@ class Supervisor:
                 log.info("%s: %s, epoch %d", claim.job_id, claim.kind, claim.epoch)
                 self._faults.forget()
                 attempt = Attempt(claim, self._settings, self._database, self._storage, host, self._drain, self._faults)
-                in_order = run_job(attempt)
+                facts = {"luthier.job": claim.job_id, "luthier.kind": claim.kind, "luthier.epoch": str(claim.epoch)}
+                with logs.about(job_id=claim.job_id), traces.span("attempt", claim.trace_parent, facts):
+                    in_order = run_job(attempt)
                 self._set_apart()
                 self._heed(claim.job_id, in_order)
 

@@ -1,4 +1,4 @@
-"""The outermost layer of the HTTP face: what holds for every request, whatever its route."""
+"""The edge of the HTTP face: what holds for every request, whatever its route."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -6,17 +6,17 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs
 from service.api.errors import answer
 from service.api.record import Record
 from service.errors import HeadersTooLarge, Malformed, NotFound, ServiceError, UnsupportedMedia
-from service.models import new_id
 
 MAX_HEADER_BYTES = 32 << 10
 log = logging.getLogger(__name__)
 
 
 class Edge:
-    """Gives each request an id, refuses what no route takes, and turns unforeseen faults into the one error shape."""
+    """Answers with the request's id, refuses what no route takes, and gives unforeseen faults the one error shape."""
 
     def __init__(self, app: ASGIApp, allowed_hosts: Collection[str] = ()) -> None:
         self._app = app
@@ -26,7 +26,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = new_id("request")
+        request_id = logs.request_id()
         record = Record(scope, request_id, send)
         started = False
 

@@ -1,6 +1,5 @@
 """``luthier up``: the whole service on one machine, in the foreground."""
 
-import logging
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 from sqlalchemy import select
 
-from service import base_models, users
+from service import base_models, logs, users
 from service.cli.children import Child
 from service.cli.processes import is_ready, refuse_open_bind
 from service.db import Database
@@ -26,10 +25,8 @@ def up(
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
 ) -> None:
     """Run API, worker and broker until Ctrl-C. The first start prints an API key."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s up %(message)s")
-    for name in ("httpx", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     settings = Settings()
+    logs.configure(settings, "up")
     refuse_open_bind(settings, host)
     for folder in (settings.data_dir, settings.run_dir, settings.models_dir, settings.work_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -73,12 +70,18 @@ def _children(settings: Settings, host: str, port: int) -> list[Child]:
     python = [sys.executable, "-m"]
     children = [
         Child("api", [*python, "service.cli", "api", "--host", host, "--port", str(port)], stop_seconds=10),
-        Child("worker", [*python, "worker"], stop_seconds=settings.drain_grace_seconds + 30),
+        Child("worker", [*python, "worker"], settings.drain_grace_seconds + 30, _worker_environment(settings)),
     ]
     socket = settings.embedded_broker_socket
     if socket is not None:
         children.insert(0, Child("broker", _broker_command(settings, socket), stop_seconds=10))
     return children
+
+
+def _worker_environment(settings: Settings) -> dict[str, str]:
+    """On the machine that it shares with the API, its metrics have the next port."""
+    host, _, port = settings.metrics_bind.rpartition(":")
+    return {"LUTHIER_METRICS_BIND": f"{host}:{int(port) + 1}"} if port else {}
 
 
 def _broker_command(settings: Settings, socket: Path) -> list[str]:
