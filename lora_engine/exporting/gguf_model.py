@@ -5,7 +5,7 @@ Matrices are F32, F16 or Q8_0 (blocks of 32 weights with one scale), vectors F32
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,24 @@ def write(
         if extra is not None:
             file.write(extra, first)
 
-        def store(block: Block, data: Tensor) -> None:
-            file.write(data, places[block.piece.name] + _rows_bytes(block.piece, block.start))
-
         def told(block: Block) -> None:
             tell(_rows_bytes(block.piece, block.stop - block.start))
 
-        return sums.stream(found, deltas, store, told, _encode)
+        return sums.stream(found, deltas, _Target(file, places), told, _encode)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One file, and where in it each piece begins."""
+
+    file: Output
+    places: dict[str, int]
+
+    def place(self, block: Block) -> int:
+        return self.places[block.piece.name] + _rows_bytes(block.piece, block.start)
+
+    def write(self, block: Block, data: Tensor) -> None:
+        self.file.write(data, self.place(block))
 
 
 def _rows_bytes(piece: Piece, rows: int) -> int:

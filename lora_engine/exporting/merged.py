@@ -56,7 +56,7 @@ def write(pieces: Sequence[Piece], deltas: Deltas, folder: Path, limit: int, tel
         def told(block: Block) -> None:
             tell(written_bytes(block.piece) * (block.stop - block.start) // max(block.piece.count, 1))
 
-        rounding = sums.stream(writer.order, deltas, writer.write, told)
+        rounding = sums.stream(writer.order, deltas, writer, told)
     if len(parts) > 1:
         weight_map = {piece.name: path.name for path, part in files_of.items() for piece in part}
         index = {
@@ -102,10 +102,13 @@ class _Writer:
         for output in self._outputs.values():
             output.close()
 
-    def write(self, block: Block, data: Tensor) -> None:
-        path, start = self._places[block.piece.name]
+    def place(self, block: Block) -> int:
         row = written_bytes(block.piece) // max(block.piece.count, 1)
-        self._output(path).write(data, start + block.start * row)
+        return self._places[block.piece.name][1] + block.start * row
+
+    def write(self, block: Block, data: Tensor) -> None:
+        path, _ = self._places[block.piece.name]
+        self._output(path).write(data, self.place(block))
         with self._lock:
             self._left[path] -= data.nbytes
             finished = self._outputs.pop(path, None) if not self._left[path] else None

@@ -14,6 +14,7 @@ from torch import Tensor
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _FLUSH_BYTES = 64 << 20
+PAGE = 4096
 
 
 def spread(
@@ -48,26 +49,76 @@ class Buffers(threading.local):
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
-    def get(self, name: str, size: int) -> Tensor:
-        """`size` bytes (uint8) that are valid until the next call with this name."""
-        if name not in self._memory or len(self._memory[name]) < size:
-            self._memory[name] = torch.empty(size, dtype=torch.uint8)
-        return self._memory[name][:size]
+    def get(self, name: str, size: int, place: int = 0) -> Tensor:
+        """`size` bytes (uint8) that are valid until the next call with this name.
+
+        They lie within pages as bytes from `place` of a file do, which lets the disk reach them without a copy.
+        """
+        if name not in self._memory or len(self._memory[name]) < size + PAGE:
+            self._memory[name] = torch.empty(size + PAGE, dtype=torch.uint8)
+        memory = self._memory[name]
+        first = (place - memory.data_ptr()) % PAGE
+        return memory[first : first + size]
+
+
+class _File:
+    """Open twice: whole pages go between memory and disk without a copy in the page cache, where that can be.
+
+    Copying into fresh pages of the cache takes as much of a processor as computing what they hold does.
+    """
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self._name = path.name
+        self.descriptor = os.open(path, flags, 0o600)
+        try:
+            self._direct: int | None = os.open(path, flags | os.O_DIRECT)
+        except (OSError, AttributeError):  # file systems in memory, and other systems, have no such thing
+            self._direct = None
+
+    def read(self, data: Tensor, start: int) -> None:
+        """Fill `data` with what the file has from byte `start`; raises OSError where it ends before."""
+        self._move(data, start, _preadv)
+
+    def write(self, data: Tensor, start: int) -> None:
+        self._move(data, start, os.pwritev)
+
+    def close(self) -> None:
+        for descriptor in (self.descriptor, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _move(self, data: Tensor, start: int, move: Callable[[int, list[memoryview], int], int]) -> None:
+        view = memoryview(data.numpy().data)
+        first, last = self._pages(data, start)
+        plain, direct = self.descriptor, self.descriptor if self._direct is None else self._direct
+        for descriptor, begin, end in ((plain, 0, first), (direct, first, last), (plain, last, len(data))):
+            while begin < end:
+                count = move(descriptor, [view[begin:end]], start + begin)
+                if not count:
+                    raise OSError(f"{self._name} has become shorter")
+                begin += count
+
+    def _pages(self, data: Tensor, start: int) -> tuple[int, int]:
+        """Which bytes of `data`, from byte `start` of the file on, are whole pages of both."""
+        first = -start % PAGE
+        last = first + (len(data) - first) // PAGE * PAGE
+        whole = self._direct is not None and last > first and (data.data_ptr() + first) % PAGE == 0
+        return (first, last) if whole else (0, 0)
 
 
 class Files:
     """Files open for reading at places, by any thread, for as long as the context lasts."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Files":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        for file in self._files.values():
+            file.close()
 
     def read(self, path: Path, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         """Bytes [start, stop) of a file (uint8), in memory that is given or new.
@@ -76,20 +127,11 @@ class Files:
             OSError: it cannot be read, or ends before.
         """
         result = torch.empty(stop - start, dtype=torch.uint8) if into is None else into
-        view = memoryview(result.numpy().data)
-        descriptor = self._descriptor(path)
-        while view:
-            count = os.preadv(descriptor, [view], stop - len(view))
-            if not count:
-                raise OSError(f"{path.name} has become shorter")
-            view = view[count:]
-        return result
-
-    def _descriptor(self, path: Path) -> int:
         with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            return self._descriptors[path]
+            if path not in self._files:
+                self._files[path] = _File(path, os.O_RDONLY)
+        self._files[path].read(result, start)
+        return result
 
 
 class Output:
@@ -101,14 +143,14 @@ class Output:
 
     def __init__(self, path: Path, size: int) -> None:
         """Keeps what the file has; raises OSError where there is no room."""
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = _File(path, os.O_RDWR | os.O_CREAT)
         self._flusher = ThreadPoolExecutor(1)
         self._flushed: Future[None] | None = None
         self._lock = threading.Lock()
         self._waiting = 0
         try:
             if size:
-                os.posix_fallocate(self._descriptor, 0, size)
+                os.posix_fallocate(self._file.descriptor, 0, size)
         except OSError:
             self.close()
             raise
@@ -119,15 +161,13 @@ class Output:
         Raises:
             OSError: the disk is gone, or full where it cannot keep room.
         """
-        view = memoryview(data.view(torch.uint8).numpy().reshape(-1).data) if data.numel() else memoryview(b"")
-        stop = start + len(view)
-        while view:
-            view = view[os.pwrite(self._descriptor, view, stop - len(view)) :]
+        if data.numel():
+            self._file.write(data.reshape(-1).view(torch.uint8), start)
         with self._lock:
             self._waiting += data.nbytes
             if self._waiting >= _FLUSH_BYTES and (self._flushed is None or self._flushed.done()):
                 self._settle()
-                self._flushed, self._waiting = self._flusher.submit(os.fdatasync, self._descriptor), 0
+                self._flushed, self._waiting = self._flusher.submit(os.fdatasync, self._file.descriptor), 0
 
     def __enter__(self) -> "Output":
         return self
@@ -141,8 +181,12 @@ class Output:
             self._settle()
         finally:
             self._flusher.shutdown()
-            os.close(self._descriptor)
+            self._file.close()
 
     def _settle(self) -> None:
         if self._flushed is not None:
             self._flushed.result()
+
+
+def _preadv(descriptor: int, views: list[memoryview], start: int) -> int:
+    return os.preadv(descriptor, views, start)

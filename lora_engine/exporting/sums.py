@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import isfinite, prod, sqrt
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -158,16 +159,23 @@ class Block:
     terms: _Terms
 
 
-Write = Callable[[Block, Tensor], None]
+class Target(Protocol):
+    """Where blocks are written."""
+
+    def place(self, block: Block) -> int:
+        """Of the block's first byte in its file."""
+        raise NotImplementedError
+
+    def write(self, block: Block, data: Tensor) -> None:
+        """Called in any thread, with memory that is valid meanwhile."""
 
 
 def stream(
-    pieces: Iterable[Piece], deltas: Deltas, write: Write, tell: Callable[[Block], None], encode: Encode | None = None
+    pieces: Iterable[Piece], deltas: Deltas, target: Target, tell: Callable[[Block], None], encode: Encode | None = None
 ) -> Rounding:  # fmt: skip
     """Read every block, compute what is written, and have it written, in as many threads as keep the disk busy.
 
     Args:
-        write: called in any thread, with memory that is valid meanwhile.
         tell: called in this thread with each block that was written, in order; what it raises ends it.
         encode: how sums are written; a cast to the piece's type when left out.
 
@@ -183,7 +191,7 @@ def stream(
         tell(block)
 
     with Files() as files:
-        sums = _Sums(files, write, encode)
+        sums = _Sums(files, target, encode)
         spread(blocks(pieces, deltas, files), sums.put, done, torch.get_num_threads() + _WAITING)
     return rounding
 
@@ -200,8 +208,8 @@ def blocks(pieces: Iterable[Piece], deltas: Deltas, files: Files) -> Iterator[Bl
 class _Sums:
     """What is written for each block."""
 
-    def __init__(self, files: Files, write: Write, encode: Encode | None) -> None:
-        self._files, self._write = files, write
+    def __init__(self, files: Files, target: Target, encode: Encode | None) -> None:
+        self._files, self._target = files, target
         self._fused, self._encode = encode is None, encode or _cast
         self._buffers = Buffers()
         # A kernel's call keeps one core busy, PyTorch's operations all of them.
@@ -214,9 +222,9 @@ class _Sums:
         piece, data = block.piece, torch.empty(0, dtype=torch.uint8)
         if piece.quantization == "none":  # else the whole tensor has to be known first
             begin, end = (piece.entry.start + row * piece.row_bytes for row in (block.start, block.stop))
-            data = self._files.read(piece.source, begin, end, self._buffers.get("stored", end - begin))
+            data = self._files.read(piece.source, begin, end, self._buffers.get("stored", end - begin, begin))
         if piece.unchanged:
-            self._write(block, data)
+            self._target.write(block, self._buffers.get("written", len(data), self._target.place(block)).copy_(data))
             return 0.0, 0.0
         terms = block.terms.ready(fused=self._fused)
         if terms.factors is None:
@@ -228,15 +236,13 @@ class _Sums:
             delta = 0.0
         if not isfinite(error):
             raise AdapterError(f"{piece.name}: values beyond what {piece.dtype} holds; export it as fp32 or bf16")
-        self._write(block, written)
+        self._target.write(block, written)
         return delta + (terms.norm or 0.0) * (block.start == 0), error
 
     def _in_one_pass(self, block: Block, data: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, float]:
         weight, dtype = _weight(block, data), DTYPES[block.piece.dtype]
-        if dtype.itemsize == weight.dtype.itemsize and block.terms.dequantized is None:
-            result = weight.view(dtype)
-        else:
-            result = self._buffers.get("written", weight.numel() * dtype.itemsize).view(dtype).view(weight.shape)
+        memory = self._buffers.get("written", weight.numel() * dtype.itemsize, self._target.place(block))
+        result = memory.view(dtype).view(weight.shape)
         return result, kernels.add_product(weight, left[block.start : block.stop], right, result)
 
     def _computed(self, block: Block, data: Tensor) -> tuple[Tensor, float, float]:

@@ -294,10 +294,10 @@ def test_progress_ends_at_the_total(base: Path, sources: list[WeightedAdapter], 
 def test_a_full_disk_leaves_nothing(
     base: Path, sources: list[WeightedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(descriptor: int, data: Any, offset: int) -> int:
+    def full(descriptor: int, views: Any, offset: int) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(OSError, match="No space left"):
         run(base, sources, tmp_path / "out", format="merged")
     assert not list(tmp_path.iterdir())
