@@ -220,7 +220,8 @@ def run(seconds: float, seed: int) -> None:
         print("the invariants hold")
     except BaseException:
         for log in sorted(machine.folder.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text()[-3000:]}")
+            lines = [line for line in log.read_text().splitlines() if "luthier.wake" not in line]
+            print(f"--- {log.name}", *lines[-40:], sep="\n")
         raise
     finally:
         machine.close()
