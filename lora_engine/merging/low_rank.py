@@ -8,19 +8,21 @@ Products alone are quick, so orthogonal bases come from Cholesky's decomposition
 scaled to one length first. That squares the condition, so where it is bad the bases come from Householder's QR.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
 from lora_engine.merging.arrays import Array, Wide
-from lora_engine.merging.certificate import NOISE, Norms, gram, of_singular_values
+from lora_engine.merging.certificate import NOISE, Norms, of_singular_values
 from lora_engine.merging.config import VLLM_RANKS, MergeConfig
 from lora_engine.merging.sources import Plan, header_bytes, rank_bytes
 
 # Beyond it Cholesky's bases are orthogonal to fewer than 8 digits: the loss is its square times fp64's 1e-16.
 _WORST_CONDITION = 1e4
+_ROWS = 1024  # to work on at a time, in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,14 @@ class Decomposition:
     """
 
     values: Wide
-    left: Wide
+    left: Wide | Array
     to_left: Wide
     to_right: Wide
-    right: Wide
+    right: Wide | Array
 
     def factors(self, rank: int) -> tuple[Wide, Wide]:
         """B (out × rank) and A (rank × in) of the best approximation, with √S on both sides."""
-        return self.left @ self.to_left[:, :rank], self.to_right[:rank] @ self.right
+        return _times(self.left, self.to_left[:, :rank]), _times(self.right.T, self.to_right[:rank].T).T
 
     def beyond(self, rank: int) -> Norms:
         """What the best approximation of this rank leaves out."""
@@ -50,21 +52,52 @@ class Decomposition:
 
 def decompose(B: Wide | Array, A: Wide | Array, scale: Wide) -> Decomposition:
     """Of B · diag(scale) · A, with B (out × R) and A (R × in), without what is nothing but rounding of its terms."""
-    found = _decompose(B, A, scale)
-    terms = float((np.linalg.norm(B, axis=0) * np.abs(scale)) @ np.linalg.norm(A, axis=1))
-    kept = int((found.values > NOISE * terms).sum())
-    return Decomposition(found.values[:kept], found.left, found.to_left[:, :kept], found.to_right[:kept], found.right)
+    columns, rows = _products(B), _products(A.T)
+    lengths = np.sqrt(np.diagonal(columns)) * np.abs(scale) * np.sqrt(np.diagonal(rows))
+    used = lengths > 0  # without the zeros that ranks are padded with
+    found = _decompose(B, A, scale, columns, rows, used)
+    kept = int((found.values > NOISE * lengths.sum()).sum())
+    return replace(found, values=found.values[:kept], to_left=found.to_left[:, :kept], to_right=found.to_right[:kept])
 
 
-def _decompose(B: Wide | Array, A: Wide | Array, scale: Wide) -> Decomposition:
-    used = B.any(axis=0) & A.any(axis=1) & (scale != 0)  # without the zeros that ranks are padded with
-    left, right, scale = B[:, used].astype(np.float64), A[used].astype(np.float64), scale[used]
-    columns, rows = _orthogonal(gram(left.T)), _orthogonal(gram(right))
-    if columns is None or rows is None:
-        return _householder(left * scale, right)
-    U, values, Vt = np.linalg.svd(columns.triangle.T @ (scale[:, None] * rows.triangle))
+def _decompose(
+    B: Wide | Array, A: Wide | Array, scale: Wide, columns: Wide, rows: Wide, used: Any
+) -> Decomposition:  # fmt: skip
+    left, right = (_orthogonal(products[np.ix_(used, used)]) for products in (columns, rows))
+    if left is None or right is None:
+        return _householder((B[:, used] * scale[used]).astype(np.float64), A[used].astype(np.float64))
+    U, values, Vt = np.linalg.svd(left.triangle.T @ (scale[used, None] * right.triangle))
     root = np.sqrt(values)
-    return Decomposition(values, left, columns.inverse.T @ (U * root), (root[:, None] * Vt) @ rows.inverse, right)
+    to_left, to_right = np.zeros((len(used), values.size)), np.zeros((values.size, len(used)))
+    to_left[used], to_right[:, used] = left.inverse.T @ (U * root), (root[:, None] * Vt) @ right.inverse
+    return Decomposition(values, B, to_left, to_right, A)
+
+
+def _blocks(tall: Wide | Array) -> Iterator[tuple[slice, Wide]]:
+    """Rows of a matrix in fp64, a few at a time: fresh memory for all of them costs more than their products."""
+    order: Any = "F" if tall.flags.f_contiguous else "C"
+    memory = np.empty((min(_ROWS, len(tall)), tall.shape[1]), order=order)
+    for start in range(0, len(tall), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(tall)))
+        part = memory[: rows.stop - start]
+        part[...] = tall[rows]
+        yield rows, part
+
+
+def _products(tall: Wide | Array) -> Wide:
+    """tallᵀ · tall, in fp64."""
+    total = np.zeros((tall.shape[1], tall.shape[1]))
+    for _, part in _blocks(tall):
+        total += part.T @ part
+    return total
+
+
+def _times(tall: Wide | Array, small: Wide) -> Wide:
+    """tall · small, in fp64, lying in memory as `tall` does."""
+    result = np.empty((len(tall), small.shape[1]), order="F" if tall.flags.f_contiguous else "C")
+    for rows, part in _blocks(tall):
+        result[rows] = part @ small
+    return result
 
 
 @dataclass(frozen=True, slots=True)
