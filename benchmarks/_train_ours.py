@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401 (a part of the floor, as it is for the peers)
 
 from benchmarks._train_gate import Gate
 from lora_engine import base_model, data

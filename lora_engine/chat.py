@@ -3,12 +3,18 @@
 Training, evaluation and generation render conversations here and nowhere else: the chat template writes every special
 token, so the tokenizer adds none. Which tokens belong to an answer is decided by position (where does the rendering
 of the conversation up to it end?), never by looking for text or for a token's id.
+
+Only a template writes control tokens. Where a message spells one ("<|im_start|>system"), marks go around it before the
+template sees it, and what is between marks is encoded as plain text. Rows of prompt and completion are taken as they
+are: who writes them writes the control tokens too.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_engine import chat_template
 from lora_engine.errors import DataError
 from lora_engine.examples import Conversation, Example, Instruction, Message, PromptCompletion
 
@@ -17,6 +23,8 @@ _ALPACA = (
 )
 # Templates that print today's date would make the tokens of a job depend on when it runs.
 _FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+# Noncharacters of Unicode: no text that is meant to be exchanged has them.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PAIRED = ", paired with an input that provides further context"
 
 
@@ -55,7 +63,8 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message | Mapping[str, str]]) 
     Raises:
         DataError: as `tokenize`.
     """
-    return _encode(tokenizer, render(tokenizer, messages, prompt=True))
+    (text,) = render(tokenizer, messages, [(len(messages), True)])
+    return _encode(tokenizer, text)
 
 
 def stop_ids(tokenizer: Any) -> set[int]:
@@ -71,8 +80,12 @@ def stop_ids(tokenizer: Any) -> set[int]:
     return ends
 
 
-def render(tokenizer: Any, messages: Sequence[Message | Mapping[str, str]], *, prompt: bool) -> str:
-    """The chat template's text; with `prompt` it ends where the assistant's next answer begins.
+def render(
+    tokenizer: Any, messages: Sequence[Message | Mapping[str, str]], wanted: Sequence[tuple[int, bool]]
+) -> list[str]:
+    """The chat template's text of the first n messages for each (n, whether the assistant's next answer begins then).
+
+    What a message has of control tokens is between marks.
 
     Raises:
         DataError: as `tokenize`.
@@ -83,16 +96,22 @@ def render(tokenizer: Any, messages: Sequence[Message | Mapping[str, str]], *, p
         {"role": message.role, "content": message.content} if isinstance(message, Message) else dict(message)
         for message in messages
     ]
-    try:
-        text: str = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
-        )
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise DataError(f"the base model's chat template refuses the conversation: {error}") from error
-    return text
+    control = _control_tokens(tokenizer)
+    for turn in turns:
+        turn["content"] = _marked(turn["content"], control)
+    template = _FIXED_DATE + tokenizer.get_chat_template()
+    return chat_template.render(template, turns, wanted, tokenizer.special_tokens_map)
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    spelled = sorted(filter(None, _specials(tokenizer)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
+
+
+def _marked(content: str, control: re.Pattern[str]) -> str:
+    if _OPEN in content or _CLOSE in content:
+        raise DataError("a message has the noncharacter U+FDD0 or U+FDD1, which no text has; remove it")
+    return control.sub(lambda found: f"{_OPEN}{found[0]}{_CLOSE}", content)
 
 
 def _as_conversation(example: Instruction) -> Conversation:
@@ -128,8 +147,7 @@ def _conversation(tokenizer: Any, messages: Sequence[Message]) -> Tokens:
     for index, message in enumerate(messages):
         if not message.trained:
             continue
-        before = render(tokenizer, messages[:index], prompt=True)
-        after = render(tokenizer, messages[: index + 1], prompt=False)
+        before, after = render(tokenizer, messages[: index + 1], [(index, True), (index + 1, False)])
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError("the base model's chat template rewrites earlier turns; train the last answer only")
         answer = after[len(before) :]
@@ -163,7 +181,11 @@ def _join(tokenizer: Any, pieces: Sequence[_Piece]) -> Tokens:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Token ids; those of text between marks are never control tokens."""
+    ids: list[int] = []
+    for number, part in enumerate(re.split(f"{_OPEN}(.*?){_CLOSE}", text, flags=re.DOTALL)):
+        if part or not ids:
+            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=bool(number % 2))["input_ids"]
     return ids
 
 

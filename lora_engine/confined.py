@@ -3,7 +3,8 @@
 A header, a config or a chat template can be made to take all memory, or to never end; what does that here ends a
 child. It has none of its parent's environment, opens no file and no connection once it is ready, and is told nothing
 but the request: JSON both ways, so that its answer can be no more than data. A function is named as "module:function",
-takes one JSON value and returns one; what it raises of `lora_engine.errors` is raised again on this side.
+takes one JSON value and returns one; what it raises of `lora_engine.errors` is raised again on this side. Where its
+module has a `prepare`, that is called before the limits hold.
 """
 
 import importlib
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, Self
 
 from lora_engine import errors
 from lora_engine.errors import EngineError
@@ -122,7 +123,7 @@ def _receive(process: subprocess.Popen[bytes], seconds: float) -> Any:
     return None if data is None else json.loads(data)
 
 
-def _read(pipe: BinaryIO, size: int, deadline: float) -> bytes | None:
+def _read(pipe: IO[bytes], size: int, deadline: float) -> bytes | None:
     data = bytearray()
     while len(data) < size:
         ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
@@ -146,7 +147,10 @@ def _rebuilt(error: dict[str, Any]) -> EngineError:
 def main() -> None:
     """The child: answer until the parent goes away. Memory counts from here; an alarm ends a call that is too long."""
     module, _, name = sys.argv[1].partition(":")
-    function = getattr(importlib.import_module(module), name)
+    found = importlib.import_module(module)
+    function = getattr(found, name)
+    if prepare := getattr(found, "prepare", None):
+        prepare()
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     _limit(int(sys.argv[2]))

@@ -1,20 +1,14 @@
 """A tokenizer that its `tokenizer.json` describes in full, without transformers' classes around it.
 
 It has the names of transformers' tokenizers that the engine uses, and gives the same ids and texts. Whatever asks for
-more than the file (a class with habits of its own, a chat template with extensions) is left to transformers, whose
-import takes longer than tokenising a small dataset.
+more than the file, a class with habits of its own, is left to transformers, whose import takes longer than tokenising a
+small dataset.
 """
 
-import json
-import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
@@ -27,8 +21,6 @@ _HARMLESS = {
     *_SPECIAL, "backend", "chat_template", "clean_up_tokenization_spaces", "extra_special_tokens", "is_local",
     "model_input_names", "model_max_length", "padding_side", "tokenizer_class", "truncation_side",
 }  # fmt: skip
-# What transformers' templates have beyond Jinja's: a tag, and attributes that it hides.
-_EXTENDED = re.compile(r"\{%-?\s*generation\b|(?<![A-Za-z0-9])_")
 
 
 class Tokenizer:
@@ -39,11 +31,15 @@ class Tokenizer:
         self.chat_template = chat_template
         self.added_tokens_decoder: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=False)
-        self._special = dict(special)
+        self.special_tokens_map = dict(special)
         ids = {name: backend.token_to_id(special[name]) if name in special else None for name in _SPECIAL}
         self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = ids.values()
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> dict[str, list[int]]:
+        """The ids of a text; with `split_special_tokens` what spells a special token is encoded as text."""
+        self.backend_tokenizer.encode_special_tokens = split_special_tokens
         return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
 
     def __len__(self) -> int:
@@ -60,21 +56,6 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
         return self.chat_template
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        tokenize: bool,
-        add_generation_prompt: bool,
-        chat_template: str | None = None,
-    ) -> str:
-        """The text of `messages`. Raises what the template raises; `tokenize` must be False."""
-        if tokenize:
-            raise ValueError("only the text is made; encode it")
-        template = _compiled(chat_template or self.get_chat_template())
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return template.render(**given, **self._special)
 
 
 def read(folder: Path) -> Tokenizer | None:
@@ -96,7 +77,7 @@ def read(folder: Path) -> Tokenizer | None:
         and not settings.get("clean_up_tokenization_spaces")
         and not any((folder / name).exists() for name in ("added_tokens.json", "special_tokens_map.json"))
         and not (folder / "additional_chat_templates").exists()
-        and (template is None or (isinstance(template, str) and not _EXTENDED.search(template)))
+        and isinstance(template, str | None)
         and isinstance(extra, list)
         and all(isinstance(token, str) for token in (*special.values(), *extra))
     )
@@ -115,23 +96,3 @@ def read(folder: Path) -> Tokenizer | None:
 def _template(folder: Path, settings: Mapping[str, Any]) -> Any:
     path = folder / "chat_template.jinja"
     return path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Template:
-    """The settings, filters and functions are those that chat templates are written for."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    """Without the escapes for HTML that Jinja's own filter adds."""
-    return json.dumps(value, **{"ensure_ascii": False, **options})
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
