@@ -10,6 +10,8 @@ The modules, weights and rotary frequencies are those of the transformers model;
   forward again when their gradient is due: the same operations, so the same bits.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +153,16 @@ class Decoder:
     @property
     def _all_projections(self) -> list[Projection]:
         return [*self.projections, self._head.projection]
+
+    @contextmanager
+    def shortened(self, depth: int) -> Iterator[None]:
+        """Only the highest `depth` layers are there inside the context, and compute nothing meaningful."""
+        layers, lowest = self.layers, self.lowest
+        self.layers, self.lowest = layers[-depth:], max(0, lowest - max(0, len(layers) - depth))
+        try:
+            yield
+        finally:
+            self.layers, self.lowest = layers, lowest
 
     @torch.no_grad()
     def gradients(self, pack: Pack, divisor: float, dropout: tuple[int, int] | None = None) -> Tensor:

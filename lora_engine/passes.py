@@ -5,6 +5,7 @@ over rows padded on the right, and leaves the backward pass to autograd: it does
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,8 @@ from lora_engine.packing import Pack
 
 # Activations that transformers keeps, per byte of the linear layers' outputs: norms, residuals and attention on top.
 _ACTIVATION_FACTOR = 1.3
+# Layers that show what all of them cost, of at least so many times as many.
+_SAMPLE_LAYERS, _SAMPLED_FROM = 4, 3
 
 
 class Batch(Protocol):
@@ -66,6 +69,12 @@ class Pass(Protocol):
     def needed_bytes(self, batch: Any) -> int:
         """Of memory that `gradients` takes at its widest, beside the base model and the adapter."""
 
+    def sample(self) -> AbstractContextManager[None]:
+        """Inside the context a pass goes through a few layers that are like all others, if there are many.
+
+        `gradients` then computes nothing meaningful; `operations` and `needed_bytes` are those of these layers.
+        """
+
     def dequantized_bytes(self, *, keep: bool) -> int:
         """What `keep_dequantized` would add to the loaded base model, and what a pass needs where it does not."""
 
@@ -107,6 +116,10 @@ class PackedPass:
 
     def needed_bytes(self, batch: Pack) -> int:
         return self.decoder.needed_bytes(batch)
+
+    def sample(self) -> AbstractContextManager[None]:
+        alike = not self.recomputed and len(self.decoder.layers) >= _SAMPLED_FROM * _SAMPLE_LAYERS
+        return self.decoder.shortened(_SAMPLE_LAYERS) if alike else nullcontext()
 
     def dequantized_bytes(self, *, keep: bool) -> int:
         projections = self.decoder.projections
@@ -157,6 +170,9 @@ class PaddedPass:
         # Logits in the compute dtype, in fp32, and their gradients in both.
         logits = sum(module.outputs for module in self._modules if module.head) * 2 * (item + 4)
         return int(batch.rows * activations + batch.trained_tokens * logits)
+
+    def sample(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def dequantized_bytes(self, *, keep: bool) -> int:
         layers = list(quantized.layers(self._model))

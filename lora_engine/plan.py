@@ -3,7 +3,7 @@
 The global batch is never changed to save memory: only how many tokens pass through the model at once, how many layers
 run forward a second time, and whether the dequantised weights of a quantised base are kept. The result of training does
 not depend on any of them. The memory that each choice needs is added up from the shapes; one calibrating step on the
-longest micro-batch then shows what it really takes, and how long.
+longest micro-batch then shows what it really takes, and how long; of many layers a few show it.
 """
 
 import time
@@ -180,9 +180,8 @@ def make(job: Job, *, calibrate: bool = True, available: int | None = None) -> P
         if not calibrate:
             run.recomputed, run.offload = choice.recomputed_layers, choice.offload
         else:
-            rate, grown = _calibrated(job, choice, batch)
-            # A heap that has been used before hides growth, so that less than was reckoned says nothing.
-            peak += max(0, grown - run.needed_bytes(batch))
+            rate, surplus = _calibrated(job, choice, batch)
+            peak += surplus
             if job.kind == "cpu":
                 peak = int(_HOLES * peak)
             least = max(least, peak)
@@ -338,29 +337,32 @@ def _slowness(choice: Choice, layers: int, least_rows: int) -> float:
 
 
 def _calibrated(job: Job, choice: Choice, batch: Batch) -> tuple[float | None, int]:
-    """(operations a second, bytes that memory grew by at its peak) of one micro-batch; no rate where it did not fit.
+    """(operations a second, bytes that memory grew beyond what was reckoned) of one micro-batch, or of a sample of it.
 
-    The first pass makes the products' plans and touches the memory, which a short one shows: it is made again.
+    No rate where it did not fit. The first pass makes the products' plans and touches the memory, which a short one
+    shows: it is made again.
     """
     device, run = job.base.device, job.run
     dropout = (job.config.seed, 0) if run.drops else None
     try:
         apply(run, choice)
-        machine.forget_peak(device)
-        before = machine.resident_bytes(device)
-        seconds = 0.0
-        for _ in range(2):
-            started = time.perf_counter()
-            run.gradients(batch, float(batch.trained_tokens), dropout)
-            seconds = time.perf_counter() - started
-            if seconds > _LONG_PASS:
-                break
-        grown = max(0, machine.peak_bytes(device) - before)
+        with run.sample():
+            machine.forget_peak(device)
+            before = machine.resident_bytes(device)
+            seconds = 0.0
+            for _ in range(2):
+                started = time.perf_counter()
+                run.gradients(batch, float(batch.trained_tokens), dropout)
+                seconds = time.perf_counter() - started
+                if seconds > _LONG_PASS:
+                    break
+            grown = machine.peak_bytes(device) - before
+            # A heap that has been used before hides growth, so that less than was reckoned says nothing.
+            return run.operations(batch) / seconds, max(0, grown - run.needed_bytes(batch))
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
         return None, 0
-    return run.operations(batch) / seconds, grown
 
 
 def _predicted_seconds(job: Job, choice: Choice, rate: float | None) -> tuple[float | None, float | None]:
