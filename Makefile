@@ -11,7 +11,7 @@ AUDIT_TOOL := pip-audit==2.10.1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench up secrets e2e-compose sbom audit clean
+.PHONY: help setup demo test faults check bench up secrets e2e-compose sbom audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ test: export OMP_NUM_THREADS = 1
 test: export OPENBLAS_NUM_THREADS = 1
 test: check ## run every check and all tests, one process a core
 	@$(BIN)/pytest -n auto --dist loadscope
+
+faults: export OMP_NUM_THREADS = 1
+faults: $(READY) ## every case of what the tests of lost workers show a few cases of (minutes)
+	@$(BIN)/pytest -m "long or not long" tests/worker/test_lost_worker.py
 
 check: $(READY) ## lint, format, types, imports, migrations, compose file
 	@$(BIN)/ruff check .
