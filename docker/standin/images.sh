@@ -43,5 +43,6 @@ if [ $# != 3 ]; then
     exit 2
 fi
 if missing "$1"; then base "$1"; fi
-if missing "$2"; then build postgres "$1" "$2"; fi
-if missing "$3"; then build redis "$1" "$3"; fi
+# Always: what lies beside this file may have changed, and an unchanged layer costs nothing.
+build postgres "$1" "$2"
+build redis "$1" "$3"

@@ -2,7 +2,7 @@
 
 import typer
 
-from service.cli import admin, demo, jobs, processes, up
+from service.cli import admin, backup, demo, jobs, processes, up
 
 
 def main() -> None:
@@ -20,6 +20,8 @@ def main() -> None:
     app.command()(processes.worker)
     app.command()(processes.migrate)
     app.command()(processes.wait_ready)
+    app.command()(backup.backup)
+    app.command()(backup.restore)
     app.add_typer(admin.users_app, name="users")
     app.add_typer(admin.keys_app, name="keys")
     app.add_typer(admin.base_models_app, name="base-models")
