@@ -1,5 +1,6 @@
 """What an operator does at the database: users, keys, and the catalogue of base models."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,13 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from lora_engine import base_files
-from service import base_models, users
+from service import base_models, erasure, users
 from service.db import Database
 from service.errors import NotFound, ServiceError
+from service.models import User
 from service.settings import Settings
+from service.storage import open_storage
+from service.users import KeyRequest, Scope
 
 DEMO_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 users_app = typer.Typer(help="Users.", no_args_is_help=True)
@@ -35,6 +40,13 @@ def _session() -> Iterator[Session]:
         database.close()
 
 
+def _user(session: Session, name: str) -> User:
+    user = users.user_by_name(session, name)
+    if user is None:
+        raise NotFound(f"there is no user named {name!r}")
+    return user
+
+
 @users_app.command("add")
 def add_user(name: str) -> None:
     """Add a user and print a key for them, this once."""
@@ -43,14 +55,53 @@ def add_user(name: str) -> None:
     typer.echo(key)
 
 
-@keys_app.command("add")
-def add_key(user: str) -> None:
-    """Print one more key for a user, this once."""
+@users_app.command("list")
+def list_users() -> None:
+    """Every user's id and name."""
     with _session() as session:
-        known = users.user_by_name(session, user)
-        if known is None:
-            raise NotFound(f"there is no user named {user!r}")
-        key = users.create_key(session, known.id)
+        for user in session.scalars(select(User).order_by(User.id)):
+            typer.echo(f"{user.id}  {user.name}{'  being deleted' if user.deleted_at else ''}")
+
+
+@users_app.command("limit")
+def limit_user(
+    name: str,
+    unfinished_jobs: Annotated[int | None, typer.Option(min=0, help="queued, paused and running")] = None,
+    running_jobs: Annotated[int | None, typer.Option(min=0, help="at once; 0: any number")] = None,
+    stored_bytes: Annotated[int | None, typer.Option(min=0, help="of datasets, adapters and artifacts")] = None,
+) -> None:
+    """Limits of one user's own; without options those of the settings hold again."""
+    with _session() as session:
+        user = _user(session, name)
+        user.max_unfinished_jobs, user.max_running_jobs = unfinished_jobs, running_jobs
+        user.max_stored_bytes = stored_bytes
+
+
+@users_app.command("delete")
+def delete_user(name: str) -> None:
+    """Erase a user and everything of theirs; prints the receipt, or the order that the API carries out."""
+    with _session() as session:
+        order_id = erasure.order_user(session, _user(session, name).id).id
+    settings = Settings()
+    database = Database(settings.database_url)
+    try:
+        told = erasure.work(database, open_storage(settings.storage_url), order_id)
+    finally:
+        database.close()
+    typer.echo(json.dumps({"id": told.id, "finished_at": told.finished_at, "receipt": told.receipt}))
+
+
+@keys_app.command("add")
+def add_key(
+    user: str,
+    scope: Annotated[Scope, typer.Option(help="read, write, or admin for operators' routes")] = "write",
+    expires_days: Annotated[float | None, typer.Option(help="after which it opens nothing")] = None,
+) -> None:
+    """Print one more key for a user, this once."""
+    seconds = None if expires_days is None else expires_days * 86400
+    with _session() as session:
+        request = KeyRequest(scope=scope, expires_in_seconds=seconds)
+        key = users.create_key(session, _user(session, user).id, request)
     typer.echo(key)
 
 
@@ -59,7 +110,7 @@ def list_keys() -> None:
     """Every key's id, first characters, user and state."""
     with _session() as session:
         for key, user in users.keys(session):
-            typer.echo(f"{key.id}  {key.hint}…  {user}  {'revoked' if key.revoked_at else 'live'}")
+            typer.echo(f"{key.id}  {key.hint}…  {user}  {key.scope}  {'revoked' if key.revoked_at else 'live'}")
 
 
 @keys_app.command("revoke")

@@ -46,6 +46,9 @@ def test_every_route_is_there(document: dict[str, Any]) -> None:
         "GET /artifacts/{artifact_id}/files", "GET /artifacts/{artifact_id}/files/{name}",
         "GET /artifacts/{artifact_id}/archive",
         "GET /base-models", "GET /base-models/{base_model_id}",
+        "GET /keys", "POST /keys", "POST /keys/{key_id}/rotate", "DELETE /keys/{key_id}",
+        "GET /users", "POST /users", "GET /users/{user_id}", "PUT /users/{user_id}/limits", "DELETE /users/{user_id}",
+        "POST /datasets/{dataset_id}/erase", "GET /erasures", "GET /erasures/{erasure_id}", "GET /audit",
         "GET /webhooks", "POST /webhooks", "GET /webhooks/{webhook_id}", "PATCH /webhooks/{webhook_id}",
         "DELETE /webhooks/{webhook_id}", "GET /webhooks/{webhook_id}/deliveries",
         "GET /webhooks/{webhook_id}/deliveries/{delivery_id}",
@@ -74,7 +77,7 @@ def test_every_body_and_every_object_has_an_example(document: dict[str, Any]) ->
     known = document["components"]["schemas"]
     for name, operation in operations(document):
         if name.startswith(("POST", "PUT", "PATCH")) and not name.endswith(
-            ("/cancel", "/pause", "/resume", "/verify", "/resend")
+            ("/cancel", "/pause", "/resume", "/verify", "/resend", "/erase")
         ):
             for content in operation["requestBody"]["content"].values():
                 assert content["example"], name
