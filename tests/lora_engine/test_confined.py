@@ -69,7 +69,7 @@ def environment(_: Any) -> dict[str, str]:
     return dict(os.environ)
 
 
-def confined(function: Any, megabytes: int = 64, seconds: float = 1) -> Confined:
+def confined(function: Any, megabytes: int = 64, seconds: float = 20) -> Confined:
     return Confined(f"{__name__}:{function.__name__}", memory_bytes=megabytes * MB, seconds=seconds)
 
 
@@ -130,6 +130,6 @@ def test_it_has_none_of_its_parents_secrets(monkeypatch: pytest.MonkeyPatch, cap
 def test_it_ends_with_its_parents_pipe() -> None:
     child = confined(double)
     child.call(1)
-    (process,) = [each for each in psutil.Process().children() if "lora_engine.confined" in each.cmdline()]
+    (process,) = [each for each in psutil.Process().children() if f"{__name__}:double" in each.cmdline()]
     child.close()
     assert not process.is_running()
