@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import anyio
 from fastapi import Response
@@ -18,6 +18,7 @@ from service.models import TERMINAL, JobEvent
 KEEP_ALIVE_SECONDS = 15.0  # proxies cut connections that are silent for a minute
 STALLED_SECONDS = 60.0  # a client that reads nothing for so long is gone; it may come back with Last-Event-ID
 MAX_STREAMS = 100  # of one owner in one process
+_PIECE = 32 << 10  # characters
 log = logging.getLogger(__name__)
 
 
@@ -87,8 +88,8 @@ async def _messages(parts: Parts, job_id: str, seq: int, batch: Batch) -> AsyncI
     last = batch.events[-1].seq if batch.events else seq
     async with Follower(parts.watch, job_id, last) as follower:
         while True:
-            if batch.events:
-                yield "".join(_message(row) for row in batch.events)
+            for text in _texts(batch):
+                yield text
             if batch.ended:
                 return
             try:
@@ -97,6 +98,18 @@ async def _messages(parts: Parts, job_id: str, seq: int, batch: Batch) -> AsyncI
             except TimeoutError:
                 batch = Batch([])
                 yield ": still here\n\n"
+
+
+def _texts(batch: Batch) -> Iterator[str]:
+    """In pieces that are worth a write, and no larger than what a client that does not read may cost."""
+    piece = ""
+    for row in batch.events:
+        piece += _message(row)
+        if len(piece) > _PIECE:
+            yield piece
+            piece = ""
+    if piece:
+        yield piece
 
 
 def _message(row: JobEvent) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-TRAINING = {"global_batch": 8, "sequence_length": 128, "checkpoint_every": 5, "learning_rate": 0.01, "epochs": 6}
+TRAINING = {"global_batch": 8, "sequence_length": 128, "checkpoint_every": 20, "learning_rate": 0.01, "epochs": 60}
 ENDED = ("succeeded", "failed", "cancelled")
 _PATIENCE_SECONDS = 120.0
 

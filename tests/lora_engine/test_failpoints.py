@@ -32,6 +32,12 @@ def test_every_point_is_reached_in_the_one_place_that_the_list_names() -> None:
     assert sorted(reached()) == sorted(POINTS.items())
 
 
+def test_no_point_is_without_a_test() -> None:
+    """A name that a test outside of this file spells: it arms the point, and says what has to follow."""
+    texts = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    assert [name for name in POINTS if not any(f'"{name}"' in text for text in texts)] == []
+
+
 def test_a_point_that_is_off_costs_next_to_nothing() -> None:
     """Far below a microsecond, where the quickest of what lies around them takes a hundred."""
     began = time.perf_counter()
