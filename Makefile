@@ -11,7 +11,7 @@ AUDIT_TOOL := pip-audit==2.10.1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults check bench up secrets e2e-compose sbom audit clean
+.PHONY: help setup demo test faults chaos check bench up secrets e2e-compose sbom audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ check: $(READY) ## lint, format, types, imports, migrations, compose file
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m migrations check
 	@"$$($(BIN)/python -c 'import compose; print(compose.__path__[0])')/docker-compose" --profile '*' config --quiet
+
+chaos: export OMP_NUM_THREADS = 1
+chaos: $(READY) ## load while processes are killed, the database restarted, the broker emptied; then judge (8 minutes)
+	@$(BIN)/python -m tests.faults.chaos $(if $(SEED),--seed $(SEED))
 
 bench: $(READY) ## measure what the README claims
 	@set -e; for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
