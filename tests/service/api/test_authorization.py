@@ -112,10 +112,11 @@ class Tenants:
         return found
 
     def _slots(self, operation: str) -> Iterator[str]:
-        call = CALLS[operation]
-        for parameter in re.findall(r"\{(\w+)\}", operation):
-            if parameter in NOT_OWNED or operation in NOT_OWNED:
-                continue
+        call, parameters = CALLS[operation], re.findall(r"\{(\w+)\}", operation)
+        owned = [name for name in parameters if name not in NOT_OWNED and operation not in NOT_OWNED]
+        if len(owned) > 1 and (difference := self._all_theirs(operation, owned)) is not None:
+            yield difference
+        for parameter in owned:
             for theirs in self._foreign(parameter):
                 if (difference := self._difference(operation, parameter, None, theirs)) is not None:
                     yield difference
@@ -123,6 +124,12 @@ class Tenants:
             for theirs in self._foreign(kind):
                 if (difference := self._difference(operation, kind, field, theirs)) is not None:
                     yield difference
+
+    def _all_theirs(self, operation: str, parameters: list[str]) -> str | None:
+        """Ids that fit each other, all of them Ann's."""
+        ids = self.bob | {name: self.ann[name] for name in parameters}
+        answer = self.call(self.site.bob, operation, ids)
+        return None if answer.status_code == 404 else f"{operation} with Ann's {parameters}: {answer.text}"
 
     def _foreign(self, parameter: str) -> list[str]:
         return [self.ann[parameter], *([self.ann["alias"]] if parameter == "adapter_id" else [])]
