@@ -172,7 +172,6 @@ def main() -> None:
 
 def _limit(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     if sys.platform == "linux":  # elsewhere the address space is not counted
         with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
