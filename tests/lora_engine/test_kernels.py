@@ -127,3 +127,55 @@ def test_a_compiler_that_fails_is_told_of_and_does_without(
 def test_only_plain_types_on_the_cpu_are_served() -> None:
     assert not kernels.serve(torch.device("cpu"), torch.float64)
     assert not kernels.serve(torch.device("meta"), torch.float32)
+
+
+KINDS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@compiled
+@pytest.mark.parametrize("stored", KINDS)
+@pytest.mark.parametrize("written", KINDS)
+@pytest.mark.parametrize(("rows", "width", "rank"), [(37, 200, 5), (4, 64, 48), (1, 1, 1), (3, 130, 0)])
+def test_a_product_is_added_and_rounded_once(
+    stored: torch.dtype, written: torch.dtype, rows: int, width: int, rank: int
+) -> None:
+    if not kernels.adds(stored, written):
+        pytest.skip("this processor does not convert halves")
+    weight, left, right = normal(rows, width).to(stored), normal(rows, rank, seed=1), normal(rank, width, seed=2)
+    result = torch.empty(rows, width, dtype=written)
+    squares = kernels.add_product(weight, left, kernels.panels(right), result)
+    exact = weight.double() + left.double() @ right.double()
+    # A unit in the last place of the fp32 sum's terms, and half a unit of the type that is written.
+    last_place = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[written]
+    terms = weight.double().abs() + left.double().abs() @ right.double().abs()
+    assert bool(((result.double() - exact).abs() <= last_place * exact.abs() + 2.0**-22 * terms + 1e-7).all())
+    if written != torch.float32:
+        assert squares == pytest.approx(float((result.double() - exact).square().sum()), rel=1e-3, abs=1e-10)
+
+
+@compiled
+def test_the_rounding_of_a_fp32_sum_is_told_exactly() -> None:
+    weight, delta = normal(9, 70) * 1e3, normal(9, 70, seed=1)
+    result = torch.empty_like(weight)
+    squares = kernels.add_product(weight, torch.eye(9), kernels.panels(delta), result)
+    lost = weight.double() + delta.double() - result.double()
+    assert squares == pytest.approx(float(lost.square().sum()), rel=1e-5)
+    assert squares > 0
+
+
+@compiled
+def test_rows_computed_alone_or_in_place_have_the_same_bits() -> None:
+    weight, left, right = normal(50, 100).bfloat16(), normal(50, 7, seed=1), kernels.panels(normal(7, 100, seed=2))
+    whole = torch.empty_like(weight)
+    kernels.add_product(weight, left, right, whole)
+    for start, stop in ((0, 3), (3, 22), (22, 50)):
+        kernels.add_product(weight[start:stop], left[start:stop], right, weight[start:stop])
+    assert torch.equal(weight, whole)
+
+
+@compiled
+def test_a_sum_that_its_type_cannot_hold_has_no_finite_rounding() -> None:
+    weight, result = torch.full((2, 3), 1e5), torch.empty(2, 3, dtype=torch.float16)
+    if not kernels.adds(weight.dtype, result.dtype):
+        pytest.skip("this processor does not convert halves")
+    assert kernels.add_product(weight, torch.zeros(2, 0), kernels.panels(torch.zeros(0, 3)), result) == float("inf")

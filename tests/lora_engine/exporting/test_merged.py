@@ -79,6 +79,18 @@ def test_sixteen_bits_are_rounded_once(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
 
 
+def test_without_kernels_the_same_is_written(
+    base: Path, sources: list[WeightedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run(base, sources, tmp_path / "one", format="merged")
+    monkeypatch.setattr(sums.kernels, "adds", lambda *_: False)
+    two = run(base, sources, tmp_path / "two", format="merged")
+    with_kernels, without = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert set(with_kernels) == set(without)
+    assert all(relative(with_kernels[name], without[name]) < 1e-7 for name in without)
+    assert one["rounding"]["total"] == pytest.approx(two["rounding"]["total"], rel=0.1)
+
+
 def test_the_order_of_the_adapters_changes_no_bit(
     base: Path, sources: list[WeightedAdapter], tmp_path: Path
 ) -> None:  # fmt: skip

@@ -123,3 +123,18 @@ def test_what_does_not_reach_the_disk_is_an_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fdatasync", broken)
     with pytest.raises(OSError, match="gone"), Output(tmp_path / "file", 100) as output:
         output.write(torch.zeros(50), 0)
+
+
+@pytest.mark.parametrize("start", [0, 1, 100, 4095, 4096])
+@pytest.mark.parametrize("size", [1, 4095, 4097, 20_000])
+def test_pages_that_go_past_the_cache_join_with_those_that_do_not(tmp_path: Path, start: int, size: int) -> None:
+    buffers, data = Buffers(), (torch.arange(size) % 251).to(torch.uint8)
+    placed = buffers.get("written", size, start).copy_(data)
+    assert placed.data_ptr() % pipeline.PAGE == start % pipeline.PAGE
+    with Output(tmp_path / "file", 30_000) as output:
+        output.write(placed, start)
+        output.write(data, 0 if start >= size else start)  # in memory of any other alignment
+    with Files() as files:
+        read = files.read(tmp_path / "file", start, start + size, buffers.get("stored", size, start))
+        assert torch.equal(read, data)
+    assert (tmp_path / "file").stat().st_size == 30_000
