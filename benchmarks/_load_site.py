@@ -65,7 +65,7 @@ def _key(user: int) -> str:
 
 @contextmanager
 def open_site(processes: int) -> Iterator[Site]:
-    launcher = servers.Launcher()
+    launcher, broker = servers.Launcher(), servers.Valkey()
     try:
         server = servers.address(str(launcher.folder), "postgres")
         durable = ("ALTER SYSTEM SET fsync = on", "ALTER SYSTEM SET full_page_writes = on", "SELECT pg_reload_conf()")
@@ -76,7 +76,7 @@ def open_site(processes: int) -> Iterator[Site]:
         _fill(database, url)
         with tempfile.TemporaryDirectory() as folder:
             ports = [servers.free_port() for _ in range(processes)]
-            started = [_start(url, Path(folder), port) for port in ports]
+            started = [_start(url, broker.url, Path(folder), port) for port in ports]
             try:
                 for port, process in zip(ports, started, strict=True):
                     servers.wait_until(lambda port=port: servers.answers(port), process)  # type: ignore[misc]
@@ -86,11 +86,13 @@ def open_site(processes: int) -> Iterator[Site]:
                     servers.stop(process)
         database.close()
     finally:
+        broker.close()
         launcher.close()
 
 
-def _start(url: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
-    own = {"LUTHIER_DATA_DIR": str(folder), "LUTHIER_DATABASE_URL": url, "LUTHIER_REQUESTS_PER_SECOND": "100000",
+def _start(url: str, broker_url: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
+    own = {"LUTHIER_DATA_DIR": str(folder), "LUTHIER_DATABASE_URL": url, "LUTHIER_BROKER_URL": broker_url,
+           "LUTHIER_REQUESTS_PER_SECOND": "100000",
            "LUTHIER_MAX_UNFINISHED_JOBS": "1000000"}  # fmt: skip
     return servers.start([sys.executable, "-m", "service.cli", "api", "--port", str(port)], folder, f"api-{port}",
                          env=os.environ | own)  # fmt: skip

@@ -66,12 +66,17 @@ def relay(database: Database, celery: Celery) -> int:
         messages = session.execute(
             select(OutboxMessage.id, OutboxMessage.job_id).order_by(OutboxMessage.id).limit(100)
         ).all()
-    for message in messages:
-        failpoints.reach("relay.before_send")
-        send(celery, message.job_id)
-        failpoints.reach("relay.after_send")
-        with database.unit_of_work() as session:
-            session.execute(delete(OutboxMessage).where(OutboxMessage.id == message.id))
+    sent: list[int] = []
+    try:
+        for message in messages:
+            failpoints.reach("relay.before_send")
+            send(celery, message.job_id)
+            sent.append(message.id)
+            failpoints.reach("relay.after_send")
+    finally:
+        if sent:  # one commit for all of them
+            with database.unit_of_work() as session:
+                session.execute(delete(OutboxMessage).where(OutboxMessage.id.in_(sent)))
     return len(messages)
 
 

@@ -92,7 +92,7 @@ def stored_bytes(session: Session, owner_id: str) -> int:
         select(func.coalesce(func.sum(table.bytes), 0)).where(table.owner_id == owner_id, table.deleted_at.is_(None))
         for table in (Dataset, Adapter, Artifact)
     ]
-    return sum(int(session.scalar(statement) or 0) for statement in sums)
+    return sum(map(int, session.execute(select(*(statement.scalar_subquery() for statement in sums))).one()))
 
 
 def _count(session: Session, *conditions: ColumnElement[bool]) -> int:

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -25,7 +25,7 @@ from service.api.request import (
     idempotency,
     parse,
 )
-from service.models import Adapter, Artifact, Job
+from service.models import TERMINAL, Adapter, Artifact, Job
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -163,8 +163,12 @@ def submitted(session: Session, result: tuple[Job, bool], response: Response) ->
 
 def job_objects(session: Session, rows: Sequence[Job]) -> list[schemas.Job]:
     """The rows as the wire has them."""
-    ids = {row.id for row in rows}
-    made, left = adapters.of_jobs(session, ids), artifacts.of_jobs(session, ids)
+    # Only what has ended can have left something, and its kind says which of the two.
+    ended = [row for row in rows if row.state in TERMINAL]
+    of_artifacts = {row.id for row in ended if row.kind in get_args(schemas.ArtifactKind)}
+    of_adapters = {row.id for row in ended} - of_artifacts
+    made = adapters.of_jobs(session, of_adapters) if of_adapters else {}
+    left = artifacts.of_jobs(session, of_artifacts) if of_artifacts else {}
     return [_job(row, made.get(row.id), left.get(row.id)) for row in rows]
 
 
