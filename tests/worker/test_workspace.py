@@ -2,17 +2,20 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import update
 
 from lora_engine import checkpoint
 from service import events, leases
 from service.db import Database
 from service.errors import NoSpace
 from service.leases import Claim
+from service.models import Job
 from service.settings import Settings
 from service.storage import LocalStorage
 from tests.service import rows
@@ -118,6 +121,9 @@ def test_a_damaged_checkpoint_does_not_push_out_a_sound_one(
     store_checkpoints(database, store, claim, tmp_path, 3, 6)
     (tmp_path / "objects" / "jobs" / claim.job_id / "e1" / "s6" / "state.json").write_bytes(b"")
     orders._fetch_newest_checkpoint(database, store, claim, tmp_path / "work")
+    claim = replace(claim, epoch=claim.epoch + 1)
+    with database.unit_of_work() as session:
+        session.execute(update(Job).where(Job.id == claim.job_id).values(epoch=claim.epoch))
     store_checkpoints(database, store, claim, tmp_path, 6)
     with database.unit_of_work() as session:
         assert leases.forget_checkpoints(session, claim, 2) == []
