@@ -77,6 +77,12 @@ sbom: $(READY) ## write dist/sbom.cdx.json, all packages of .venv as CycloneDX
 audit: $(READY) ## look for known vulnerabilities of the pinned packages; fails where one cannot be looked up
 	@$(BIN)/uv tool run --quiet --from $(AUDIT_TOOL) pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
+fuzz: $(READY) ## requests of schemathesis, and atheris on every parser of what users send (about five minutes)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[fuzz]'
+	@FUZZ_EXAMPLES=100 $(BIN)/pytest tests/fuzz/test_openapi.py
+	@set -e; for target in safetensors adapter rows form tar; do \
+		$(BIN)/python -m tests.fuzz.parsers $$target -max_total_time=30 -verbosity=0 2>&1 | tail -5; done
+
 clean: ## remove what these targets made here: .venv, caches, demo data (not .env, secrets, volumes)
 	@rm -rf .venv .demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
