@@ -11,7 +11,7 @@ AUDIT_TOOL := pip-audit==2.10.1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults chaos check bench up secrets e2e-compose sbom audit clean
+.PHONY: help setup demo test faults chaos check bench up secrets e2e-compose sbom audit fuzz clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,7 +81,7 @@ fuzz: $(READY) ## requests of schemathesis, and atheris on every parser of what 
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[fuzz]'
 	@FUZZ_EXAMPLES=100 $(BIN)/pytest tests/fuzz/test_openapi.py
 	@set -e; for target in safetensors adapter rows form tar; do \
-		$(BIN)/python -m tests.fuzz.parsers $$target -max_total_time=30 -verbosity=0 2>&1 | tail -5; done
+		$(BIN)/python -m tests.fuzz $$target -max_total_time=30 -verbosity=0; done
 
 clean: ## remove what these targets made here: .venv, caches, demo data (not .env, secrets, volumes)
 	@rm -rf .venv .demo dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -5,7 +5,6 @@ python -m tests.fuzz.parsers safetensors -max_total_time=60     # with atheris; 
 
 import base64
 import json
-import sys
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -74,16 +73,3 @@ def attempt(name: str, data: bytes) -> None:
     """Raises what a target must not: anything but a refusal."""
     with suppress(EngineError, ServiceError):
         TARGETS[name][0](data)
-
-
-def main() -> None:
-    import atheris
-
-    name = sys.argv.pop(1)
-    atheris.instrument_all()
-    atheris.Setup(sys.argv, lambda data: attempt(name, data))
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()
