@@ -1,4 +1,4 @@
-"""Fuzz one parser with atheris: ``python -m tests.fuzz safetensors -max_total_time=60`` (or adapter, rows, form, tar)."""
+"""Fuzz one parser with atheris: ``python -m tests.fuzz rows -max_total_time=60``."""
 
 import logging
 import sys
