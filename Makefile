@@ -11,7 +11,7 @@ AUDIT_TOOL := pip-audit==2.10.1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults chaos check bench up secrets e2e-compose sbom audit fuzz clean
+.PHONY: help setup demo test faults check chaos bench up secrets e2e-compose sbom audit fuzz clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -198,6 +198,20 @@ def test_a_store_that_lies_is_found_out(
     assert list(storage.keys("a")) == []
 
 
+def test_the_secret_key_may_lie_in_a_file(
+    s3_bucket: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = s3_bucket("nanio")  # which checks signatures
+    secret = tmp_path / "key"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY_FILE", str(secret))
+    secret.write_text(f"{os.environ['AWS_SECRET_ACCESS_KEY']}\n")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    open_storage(url).check()
+    secret.write_text("another-key")
+    with pytest.raises(Unavailable):
+        open_storage(url).check()
+
+
 def test_only_known_schemes_are_opened() -> None:
     with pytest.raises(ValueError, match="LUTHIER_STORAGE_URL"):
         open_storage("http://example.org")
