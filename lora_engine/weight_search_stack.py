@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lora_engine import adapter, lora, target_modules
+from lora_engine import weight_search_limits as limits
 from lora_engine.adapter_header import Header
 from lora_engine.base_model import BaseModel, linear_modules
-from lora_engine.config import MAX_RANK, LoraConfig
-from lora_engine.errors import AdapterError, SpecError
+from lora_engine.config import LoraConfig
 
 # "model.layers.7", "transformer.h.7": up to the first number of a module's name.
 _LAYER = re.compile(r".*?\.\d+(?=\.|$)")
@@ -42,7 +42,7 @@ class WeightedStack:
         """
         check_fit(base, headers)
         self._headers = tuple(headers)
-        self._ranks = _stacked_ranks(headers)
+        self._ranks = limits.stacked_ranks(headers)
         self.adapted = lora.attach(base, _config(base, self._ranks), seed=0)
         try:
             self.groups = tuple(dict.fromkeys(group(module, per) for module in self.adapted.layers))
@@ -109,25 +109,11 @@ class WeightedStack:
 
 
 def check_fit(base: BaseModel, headers: Sequence[Header]) -> None:
-    """Raises AdapterError where an adapter is not of this base model, or cannot run on it, from headers alone."""
+    """As `weight_search_limits.check_fit`, of a base model that is loaded."""
     modules = linear_modules(base.model)
-    known = {module.name: (module.inputs, module.outputs) for module in modules}
     tied = base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
-    heads = {module.name for module in modules if module.head and tied}
-    for header in headers:
-        if None not in (base.digest, header.base_digest) and base.digest != header.base_digest:
-            raise AdapterError(f"{header.folder.name}: the adapter is of another base model ({header.base_digest})")
-        for name, module in header.modules.items():
-            if known.get(name) != (module.inputs, module.outputs):
-                raise AdapterError(
-                    f"{header.folder.name}: {name} ({module.outputs} × {module.inputs}) is no linear layer of this "
-                    "shape in the base model; search with adapters of one base model"
-                )
-            if name in heads:
-                raise AdapterError(
-                    f"{header.folder.name}: {name} shares its weight with the input embeddings in this base model; "
-                    "leave the adapter out, or merge without a search"
-                )
+    head = next((module.name for module in modules if module.head and tied), None)
+    limits.check_fit(modules, head, base.digest, headers)
 
 
 def group(module: str, per: Literal["adapter", "layer"]) -> str:
@@ -141,20 +127,6 @@ def group(module: str, per: Literal["adapter", "layer"]) -> str:
 def pattern(group: str) -> str:
     """What names the modules of a group of layers in `WeightedAdapter.weights`."""
     return f"{group}.*" if _LAYER.fullmatch(group) else group
-
-
-def _stacked_ranks(headers: Sequence[Header]) -> dict[str, int]:
-    ranks: dict[str, int] = {}
-    for header in headers:
-        for name, module in header.modules.items():
-            ranks[name] = ranks.get(name, 0) + module.rank
-    name = max(ranks, key=lambda module: ranks[module])
-    if ranks[name] > MAX_RANK:
-        raise SpecError(
-            f"adapters: their ranks add up to {ranks[name]} on {name}, a search takes {MAX_RANK}; compress them first",
-            field="adapters",
-        )
-    return ranks
 
 
 def _config(base: BaseModel, ranks: dict[str, int]) -> LoraConfig:

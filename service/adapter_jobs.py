@@ -1,7 +1,8 @@
 """Work on adapters that is left to workers: exports, analyses, searches, extractions, verifications."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
@@ -11,12 +12,13 @@ from lora_engine.analysis_config import AnalyzeConfig
 from lora_engine.exporting.config import ExportConfig, ExportSpec
 from lora_engine.fields import bounded, bounded_values, to_mapping
 from lora_engine.merging.config import MAX_WEIGHT, ExtractConfig, MergeConfig, WeightedAdapter
+from lora_engine.merging.sources import Plan
 from lora_engine.weight_search_config import SearchConfig
 from service import adapters, base_models, datasets, jobs, sources
 from service.db import Database
 from service.errors import Invalid
 from service.jobs import Idempotency
-from service.models import Adapter, AdapterParent, Job
+from service.models import Adapter, AdapterParent, BaseModel, Job
 from service.settings import Settings
 from service.sources import Source
 from service.storage import Storage
@@ -119,8 +121,11 @@ def check(
     *,
     param: str = "adapters",
     first: int = 0,
+    fits: Callable[[BaseModel, Plan], None] | None = None,
 ) -> None:
     """What the headers of the adapters tell about a request, before it is submitted; nothing if it was before.
+
+    `fits` says what a base model and the plan of a stack on it tell besides.
 
     Raises:
         NotFound, Invalid: an adapter is not the owner's, or they are on different base models.
@@ -130,7 +135,9 @@ def check(
         if jobs.replayed(session, owner_id, idempotency):
             return
         found = sources.resolve(session, owner_id, named, param=param, first=first)
-    sources.check_headers(storage, settings, config, named, found)
+        base = base_models.get(session, found[0].base_model_id)
+    also = None if fits is None else partial(fits, base)
+    sources.check_headers(storage, settings, config, named, found, also)
 
 
 def submit_export(

@@ -1,6 +1,6 @@
 """The adapters that a request names, with their weights: found, kept while it runs, and recorded as lineage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,16 @@ def spelled(sources: Sequence[Source], found: Sequence[Adapter]) -> list[dict[st
 
 
 def check_headers(
-    storage: Storage, settings: Settings, config: MergeConfig, sources: Sequence[Source], found: Sequence[Adapter]
+    storage: Storage,
+    settings: Settings,
+    config: MergeConfig,
+    sources: Sequence[Source],
+    found: Sequence[Adapter],
+    also: Callable[[Plan], None] | None = None,
 ) -> None:
     """Everything that putting them together can be refused for, before a tensor moves.
+
+    `also` checks more of the plan while configs, lineages and headers are there.
 
     Raises:
         SpecError, AdapterError: what cannot be.
@@ -119,7 +126,9 @@ def check_headers(
     with scratch.folder(settings) as folder:
         for adapter in distinct(found):
             adapters.fetch_headers(storage, adapter, folder / adapter.id)
-        planned(config, sources, found, folder)
+        plan = planned(config, sources, found, folder)
+        if also is not None:
+            also(plan)
 
 
 def planned(config: MergeConfig, sources: Sequence[Source], found: Sequence[Adapter], folder: Path) -> Plan:

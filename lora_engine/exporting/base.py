@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_engine import base_files, base_model
 from lora_engine.base_model import linear_modules
 from lora_engine.errors import AdapterError, SpecError
+from lora_engine.exporting import limits
 from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.streamed import streamed
 from lora_engine.exporting.sums import Piece
@@ -85,11 +86,7 @@ def check(base: Base, deltas: Deltas, digest: str | None) -> str | None:
     if deltas.plan.base_digest is None:
         return digest
     digest = digest or base_files.digest(base.folder)
-    if digest != deltas.plan.base_digest:
-        raise AdapterError(
-            f"the adapters were trained on another base model ({deltas.plan.base_digest}) than {base.folder.name} "
-            f"({digest})"
-        )
+    limits.check_digest(deltas.plan.base_digest, digest, base.folder.name)
     return digest
 
 

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lora_engine import strict_json
-from lora_engine.adapter_header import LINEAGE, Header
-from lora_engine.errors import AdapterError
+from lora_engine.adapter_header import Header
+from lora_engine.exporting import limits
 from lora_engine.exporting.dense import DenseDelta, whole_cutoffs
 from lora_engine.exporting.tensors import aligned
 from lora_engine.merging import factors, sources
@@ -105,8 +104,7 @@ class Deltas:
         config = config or MergeConfig()
         self.plan = sources.plan(config, sources.read(MergeSpec(adapters=adapters, output="")))
         self.shapes = {name: (item.outputs, item.inputs) for name, item in self.plan.modules.items() if item.parts}
-        found = {_quantization(source.header) for source in self.plan.sources}
-        self.quantizations = tuple(sorted(name or "unknown" for name in found))
+        self.quantizations = limits.quantizations(source.header for source in self.plan.sources)
 
     @property
     def modules(self) -> Sequence[str]:
@@ -159,21 +157,4 @@ class Deltas:
 
     def check(self, modules: Sequence[Module]) -> None:
         """Raises AdapterError for a module that is not among the linear layers of the base model, in this shape."""
-        known = {module.name: (module.outputs, module.inputs) for module in modules}
-        for name, shape in self.shapes.items():
-            if name not in known:
-                raise AdapterError(
-                    f"{name}: the base model has no linear layer of this name (experts that lie together in one tensor "
-                    "are none); use the base model that the adapter was trained on"
-                )
-            if known[name] != shape:
-                raise AdapterError(f"{name}: {shape} in the adapter, {known[name]} in the base model (out × in)")
-
-
-def _quantization(header: Header) -> str | None:
-    """As the lineage of a trained adapter has it, or of a merged one whose sources agree; None where there is none."""
-    path = header.folder / LINEAGE
-    lineage: Any = strict_json.loads(path.read_bytes()) if path.exists() else {}
-    training = lineage.get("training") if isinstance(lineage, dict) else None
-    found = training.get("quantization") if isinstance(training, dict) else None
-    return found if found in ("none", "nf4", "int8") else None
+        limits.check_modules(self.shapes, modules)

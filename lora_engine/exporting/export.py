@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 from lora_engine.adapter_header import LINEAGE
-from lora_engine.errors import AdapterError
 from lora_engine.exporting import base as bases
 from lora_engine.exporting import (
     card,
@@ -27,6 +26,7 @@ from lora_engine.exporting import (
     gguf_layout,
     gguf_model,
     gguf_vocabulary,
+    limits,
     merged,
     mlx,
     parity,
@@ -136,11 +136,7 @@ def _prepare(spec: ExportSpec, tell: Callable[[int, int], None]) -> Job:
 def _quantizations(config: ExportConfig, deltas: Deltas) -> tuple[str, str]:
     """What the adapters were trained on, and what the export puts them on."""
     asked = "none" if config.base == "original" else config.base
-    if asked == "auto" and len(deltas.quantizations) > 1:
-        raise AdapterError(
-            f"base: the adapters were trained on different quantisations of the base model "
-            f"({', '.join(deltas.quantizations)}); say which one the export shall be on"
-        )
+    limits.check_quantizations(config.base, deltas.quantizations)
     trained_on = deltas.quantization or ("none" if asked == "auto" else asked)
     return trained_on, trained_on if asked == "auto" else asked
 
@@ -229,11 +225,7 @@ def _mlx(job: Job, folder: Path) -> dict[str, Any]:
 
 def _gguf(job: Job, folder: Path) -> dict[str, Any]:
     layout = gguf_layout.layout(job.base.model.config)
-    if job.base.tied_head in job.deltas.shapes:
-        raise AdapterError(
-            f"{job.base.tied_head}: it shares its weight with the input embeddings, and llama.cpp has no output head "
-            "of its own to put an adapter on; export it as gguf-merged"
-        )
+    limits.check_untied(job.base.tied_head, job.deltas.shapes)
     precision, path = str(job.config.precision), folder / "adapter.gguf"
     gguf_adapter.write(job.deltas, layout, path, base_name=job.base_name, precision=precision)
     written = job.with_adapter(gguf_adapter.GGUFDeltas(path, layout, job.deltas.modules))

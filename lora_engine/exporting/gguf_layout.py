@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
+from lora_engine.exporting import limits
 
-# model_type of the config → architecture, and whether rows of q and k are reordered.
+# model_type of the config (`limits.GGUF_ADAPTERS`) → architecture, and whether rows of q and k are reordered.
 _FAMILIES = {
     "llama": (gguf.MODEL_ARCH.LLAMA, True),
     "mistral": (gguf.MODEL_ARCH.LLAMA, True),
@@ -66,11 +67,7 @@ def layout(config: Any) -> GGUFLayout:
     Raises:
         AdapterError: a family whose tensors are not known here.
     """
-    if config.model_type not in _FAMILIES:
-        raise AdapterError(
-            f"format: models of the kind {config.model_type} are not written as GGUF; known are "
-            f"{', '.join(sorted(_FAMILIES))}. Export it merged, and convert the folder with llama.cpp's own script"
-        )
+    limits.check_gguf({"model_type": config.model_type})
     architecture, reordered = _FAMILIES[config.model_type]
     return GGUFLayout(
         architecture=gguf.MODEL_ARCH_NAMES[architecture],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.errors import AdapterError
-from lora_engine.exporting import gguf_vocabulary, sums
+from lora_engine.exporting import gguf_vocabulary, limits, sums
 from lora_engine.exporting.base import Base
 from lora_engine.exporting.deltas import Deltas
 from lora_engine.exporting.gguf_layout import GGUFLayout, reorder, restore, stored_rows
@@ -28,25 +28,11 @@ _FILE_TYPES = {
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_MERGED = ("llama", "mistral", "smollm3", "qwen2", "qwen3")
 
 
 def check(base: Base) -> None:
     """Raises AdapterError for a model that llama.cpp would not compute alike."""
-    config = base.model.config
-    if config.model_type not in _MERGED:
-        raise AdapterError(
-            f"format: whole models of the kind {config.model_type} are not written as GGUF, only {', '.join(_MERGED)}; "
-            "export it merged, and convert the folder with llama.cpp's own script"
-        )
-    windows = [kind for kind in (getattr(config, "layer_types", None) or []) if kind != "full_attention"]
-    if windows or (config.model_type == "mistral" and config.sliding_window):
-        raise AdapterError("format: the model attends within a sliding window, which llama.cpp's loader ignores")
-    kinds = _rope(config)
-    if kinds["rope_type"] not in ("default", "linear", "llama3") or kinds.get("partial_rotary_factor", 1) != 1:
-        raise AdapterError(f"format: rotary embeddings of the kind {kinds['rope_type']} are not written as GGUF")
-    if config.model_type == "smollm3" and any(bool((index + 1) % 4) != bool(on) for index, on in _no_rope(config)):
-        raise AdapterError("format: llama.cpp leaves rotary embeddings out of every fourth layer, this model of others")
+    limits.check_gguf_model(base.model.config.to_dict())
     gguf_vocabulary.check(base.tokenizer)
 
 
@@ -178,10 +164,6 @@ def _rope(config: Any) -> dict[str, Any]:
     if "rope_theta" not in found:
         raise AdapterError("format: rotary embeddings that differ between layers are not written as GGUF")
     return found
-
-
-def _no_rope(config: Any) -> Iterator[tuple[int, int]]:
-    return enumerate(config.no_rope_layers)
 
 
 def _rope_factors(config: Any) -> Tensor | None:

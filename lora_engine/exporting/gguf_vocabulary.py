@@ -1,9 +1,4 @@
-"""A byte-level BPE tokenizer as the fields of a GGUF file, where llama.cpp is known to split text as it does.
-
-llama.cpp names ways to split a text before BPE ("tokenizer.ggml.pre") and knows each by its own code. Which one a
-tokenizer has is told from its definition, not from its name; one that is not listed here is refused, as other tokens
-would be other answers.
-"""
+"""A byte-level BPE tokenizer as the fields of a GGUF file, where llama.cpp is known to split text as it does."""
 
 import json
 from pathlib import Path
@@ -13,25 +8,7 @@ import gguf
 
 from lora_engine import chat
 from lora_engine.errors import AdapterError
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_BYTES_ALONE = {**_BYTES, "use_regex": False}
-_REFUSED = "only byte-level BPE tokenizers whose splitting llama.cpp is known to share are written as GGUF"
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-# Of each name: normalizers, pre-tokenizers in their order, and whether whole words that are tokens skip the merges.
-_KNOWN: dict[str, tuple[tuple[str | None, ...], list[dict[str, Any]], bool]] = {
-    "gpt-2": ((None,), [_BYTES], False),
-    "smollm": ((None,), [{"type": "Digits", "individual_digits": True}, _BYTES], False),
-    "llama-bpe": ((None,), [_split(_WORDS + r"\p{N}{1,3}" + _REST), _BYTES_ALONE], True),
-    "qwen2": ((None, "NFC"), [_split(_WORDS + r"\p{N}" + _REST), _BYTES_ALONE], False),
-}
+from lora_engine.exporting.gguf_splitting import REFUSED, splitting
 
 
 def add(writer: Any, tokenizer: Any, embeddings: int) -> None:
@@ -42,7 +19,7 @@ def add(writer: Any, tokenizer: Any, embeddings: int) -> None:
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_splitting(backend))
+    writer.add_tokenizer_pre(splitting(backend))
     tokens, types = _tokens(tokenizer, embeddings)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -56,8 +33,8 @@ def add(writer: Any, tokenizer: Any, embeddings: int) -> None:
 def check(tokenizer: Any) -> None:
     """Raises AdapterError for a tokenizer that `add` would refuse."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise AdapterError(f"the tokenizer has no tokenizer.json; {_REFUSED}")
-    _splitting(json.loads(tokenizer.backend_tokenizer.to_str()))
+        raise AdapterError(f"the tokenizer has no tokenizer.json; {REFUSED}")
+    splitting(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
 def check_written(path: Path, tokenizer: Any) -> None:
@@ -73,24 +50,6 @@ def check_written(path: Path, tokenizer: Any) -> None:
         raise AdapterError(f"{path.name}: the chat template is not the base model's")
     if missing := chat.stop_ids(tokenizer) - set(ends):
         raise AdapterError(f"{path.name}: llama.cpp would not stop at {sorted(missing)}")
-
-
-def _splitting(backend: dict[str, Any]) -> str:
-    model, normalizer = backend["model"], backend["normalizer"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise AdapterError(f"the tokenizer is of the kind {model['type']}; {_REFUSED}")
-    steps = backend["pre_tokenizer"] or {}
-    listed = [_plain(step) for step in steps.get("pretokenizers", [steps])]
-    for name, (normalizers, wanted, ignores_merges) in _KNOWN.items():
-        kind = normalizer and normalizer["type"]
-        if listed == wanted and kind in normalizers and bool(model.get("ignore_merges")) == ignores_merges:
-            return name
-    raise AdapterError(f"the tokenizer splits texts by {json.dumps(listed)[:300]}; {_REFUSED}")
-
-
-def _plain(step: dict[str, Any]) -> dict[str, Any]:
-    """Without what only matters for offsets."""
-    return {name: value for name, value in step.items() if name != "trim_offsets"}
 
 
 def _tokens(tokenizer: Any, embeddings: int) -> tuple[list[str], list[int]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_engine import safetensors_file
 from lora_engine.adapter_header import CONFIG
-from lora_engine.errors import AdapterError
+from lora_engine.exporting import limits
 from lora_engine.exporting.deltas import Deltas, FactoredDelta
 from lora_engine.exporting.peft import TYPES, padded
 from lora_engine.exporting.tensors import aligned
@@ -34,9 +34,7 @@ def write(deltas: Deltas, modules: tuple[Module, ...], layers: str, folder: Path
     Raises:
         AdapterError: a module outside the layers, or a value that `dtype` cannot hold.
     """
-    outside = sorted(name for name in deltas.modules if not name.startswith(f"{layers}."))
-    if outside:
-        raise AdapterError(f"{outside[0]}: mlx-lm puts adapters on the layers alone; export it merged")
+    limits.check_layers(deltas.modules, layers)
     rank = max(deltas.rank(name) for name in deltas.modules)
     keys = sorted({_within(name, layers) for name in deltas.modules})
     arrays: dict[str, Array] = {}

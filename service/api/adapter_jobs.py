@@ -1,11 +1,13 @@
 """Work on adapters, as jobs: analyses, searches for weights, extractions, exports, verifications."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from fastapi import APIRouter, Response
 
 from lora_engine.merging.config import MergeConfig
-from service import adapter_jobs, schema_examples, schemas
+from lora_engine.merging.sources import Plan
+from service import adapter_jobs, base_fit, schema_examples, schemas
 from service.api.errors import documented
 from service.api.jobs import submitted
 from service.api.request import (
@@ -20,6 +22,7 @@ from service.api.request import (
     parse,
 )
 from service.jobs import Idempotency
+from service.models import BaseModel
 from service.sources import Source
 from service.users import Principal
 
@@ -62,7 +65,8 @@ def search_weights(
     examples that nothing was chosen by."""
     request = parse(adapter_jobs.SearchRequest, body)
     known = idempotency(body, key)
-    _check(parts, caller, [Source(adapter=adapter) for adapter in request.adapters], known)
+    named = [Source(adapter=adapter) for adapter in request.adapters]
+    _check(parts, caller, named, known, base_fit.check_search)
     with parts.database.unit_of_work() as session:
         result = adapter_jobs.submit_search(session, caller.user_id, request, known)
         return submitted(session, result, response)
@@ -107,7 +111,8 @@ def export_adapter(
     known = idempotency(body, key)
     named = adapter_jobs.export_sources(adapter_id, request)
     inside = (parts.database, parts.storage, parts.settings)
-    adapter_jobs.check(*inside, caller.user_id, named, request.merge, known, param="others", first=-1)
+    fits = partial(base_fit.check_export, request)
+    adapter_jobs.check(*inside, caller.user_id, named, request.merge, known, param="others", first=-1, fits=fits)
     with parts.database.unit_of_work() as session:
         result = adapter_jobs.submit_export(session, caller.user_id, adapter_id, request, known)
         return submitted(session, result, response)
@@ -130,7 +135,13 @@ def verify_adapter(
         return submitted(session, result, response)
 
 
-def _check(parts: Parts, caller: Principal, named: Sequence[Source], known: Idempotency | None) -> None:
-    """That they can be stacked."""
+def _check(
+    parts: Parts,
+    caller: Principal,
+    named: Sequence[Source],
+    known: Idempotency | None,
+    fits: Callable[[BaseModel, Plan], None] | None = None,
+) -> None:
+    """That they can be stacked, and what else `fits` asks."""
     inside = (parts.database, parts.storage, parts.settings)
-    adapter_jobs.check(*inside, caller.user_id, named, MergeConfig(), known)
+    adapter_jobs.check(*inside, caller.user_id, named, MergeConfig(), known, fits=fits)
