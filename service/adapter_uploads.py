@@ -225,7 +225,7 @@ def _job(session: Session, foreign: Foreign) -> Job:
         spec={"ingest": to_mapping(foreign.config), "files": foreign.files},
         base_model_id=base.id,
     )
-    leases.take(job, "the API", _LEASE_SECONDS)
+    leases.take(job, leases.IN_REQUEST, _LEASE_SECONDS)
     return job
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sqlalchemy import ColumnElement, case, delete, func, not_, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, not_, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -12,7 +12,7 @@ from lora_engine import failpoints
 from lora_engine.config import LoraConfig, TrainingConfig, check_held_out, to_mapping
 from lora_engine.errors import SpecError
 from lora_engine.target_modules import Module, targets
-from service import base_models, datasets, endings, events, queue, quotas, traces
+from service import base_models, datasets, endings, events, leases, queue, quotas, traces
 from service.db import now
 from service.errors import Conflict, Invalid, NotFound
 from service.models import ACTIVE, BaseModel, IdempotencyKey, Job, new_id
@@ -178,19 +178,24 @@ def prioritise(session: Session, job_id: str, priority: int) -> Job:
 def cancel(session: Session, owner_id: str, job_id: str) -> Job:
     """A queued or paused job ends at once; a running one between two steps, and never succeeds any more (T9).
 
+    At once too ends a merge that a request works on: nobody could tell its lease from that of a process that died.
+
     Raises:
         NotFound: no such job of this owner.
         Conflict: it has ended already.
     """
-    rests = Job.state.in_(("queued", "paused"))
+    in_request = and_(Job.state == "running", Job.kind == "merge", Job.worker_id == leases.IN_REQUEST)
+    ends = or_(Job.state.in_(("queued", "paused")), in_request)
     statement = (
         update(Job)
         .where(Job.id == job_id, Job.owner_id == owner_id)
         .where(Job.state.in_(("queued", "paused", *ACTIVE)))
         .values(
             cancel_requested_at=func.coalesce(Job.cancel_requested_at, now()),
-            state=case((rests, "cancelled"), else_="cancelling"),
-            finished_at=case((rests, now()), else_=None),
+            state=case((ends, "cancelled"), else_="cancelling"),
+            finished_at=case((ends, now()), else_=None),
+            lease_until=case((ends, None), else_=Job.lease_until),
+            worker_id=case((ends, None), else_=Job.worker_id),
         )
         .returning(Job.state)
         .execution_options(synchronize_session=False)

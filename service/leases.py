@@ -18,6 +18,7 @@ from service.db import after_commit, now
 from service.errors import TooMany
 from service.models import ACTIVE, Adapter, AdapterParent, Artifact, Checkpoint, Job, new_id
 
+IN_REQUEST = "the API"  # who holds a job that a request works on
 MAX_LOSSES = 3  # losses in a row without a newer checkpoint, after which a job fails
 Wish = Literal["cancel", "drain"]
 _BACKOFF_SECONDS = 5.0

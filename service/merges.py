@@ -139,7 +139,7 @@ def _builder(
             parents=sources.lineage(request.adapters, found),
         )
         if slot.take():
-            leases.take(job, "the API", lease_seconds)
+            leases.take(job, leases.IN_REQUEST, lease_seconds)
         return job
 
     return build

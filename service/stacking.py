@@ -61,7 +61,7 @@ def make(database: Database, storage: Storage, settings: Settings, claim: Claim,
             _give_up(database, claim, NoSpace.code, NoSpace.category, "there is no space left for the result")
             raise
         log.exception("%s: left to the workers", claim.job_id)
-        with database.unit_of_work() as session:
+        with suppress(Fenced), database.unit_of_work() as session:  # cancelled meanwhile: nothing is left to do
             leases.hand_over(session, claim)
 
 
@@ -84,6 +84,6 @@ def _stack(storage: Storage, claim: Claim, asked: Stack, folder: Path) -> Result
 
 def _give_up(database: Database, claim: Claim, code: str, category: str, message: str) -> None:
     """The request is answered with the reason; the same one with the same key may be tried again."""
-    with database.unit_of_work() as session:
+    with suppress(Fenced), database.unit_of_work() as session:  # cancelled meanwhile: it has its end
         leases.fail(session, claim, code, category, message)
         jobs.forget_key(session, claim.job_id)

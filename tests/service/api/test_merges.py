@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from lora_engine.errors import AdapterError
 from service import adapters, leases, merges, sources, stacking, sweep
 from service import storage as objects
 from service.errors import NoSpace, Unavailable
@@ -349,7 +350,8 @@ def test_a_cancel_in_the_middle_of_a_request_leaves_nothing(
 
     def cancelled(*arguments: Any) -> None:
         (job,) = sqlite_site.ann.get("/jobs?kind=merge").json()["data"]
-        assert sqlite_site.ann.post(f"/jobs/{job['id']}/cancel").status_code == 202
+        told = sqlite_site.ann.post(f"/jobs/{job['id']}/cancel")
+        assert told.json()["status"] == "cancelled", told.text
         fetch(*arguments)
 
     monkeypatch.setattr(adapters, "fetch", cancelled)
@@ -358,6 +360,34 @@ def test_a_cancel_in_the_middle_of_a_request_leaves_nothing(
     assert len(sqlite_site.ann.get("/adapters").json()["data"]) == 1
     sweep.purge_leftovers(sqlite_site.database, sqlite_site.storage, -1)
     assert not any(answer.json()["id"] in key for key in sqlite_site.storage.keys("adapters"))
+
+
+def test_a_merge_whose_process_died_is_cancelled_at_once(
+    site: Site, pair: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacking, "make", lambda *_: None)  # what it would have done, it never did
+    job = merge(site, (pair[0], 2)).json()
+    told = site.ann.post(f"/jobs/{job['id']}/cancel").json()
+    assert (job["status"], told["status"]) == ("running", "cancelled")
+    again = merge(site, (pair[0], 2)).json()
+    assert (again["object"], again["id"] != job["id"]) == ("job", True)
+
+
+@pytest.mark.parametrize("error", [AdapterError("values that are not finite"), NoSpace("full"), Unavailable("away")])
+def test_a_merge_that_is_cancelled_and_then_fails_is_cancelled(
+    sqlite_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    adapter = sqlite_site.adapter(tmp_path)
+
+    def cancelled(*_: Any) -> None:
+        (job,) = sqlite_site.ann.get("/jobs?kind=merge").json()["data"]
+        sqlite_site.ann.post(f"/jobs/{job['id']}/cancel")
+        raise error
+
+    monkeypatch.setattr(adapters, "fetch", cancelled)
+    assert merge(sqlite_site, (adapter, 2)).status_code in (202, 422, 507)
+    (job,) = sqlite_site.ann.get("/jobs?kind=merge").json()["data"]
+    assert (job["status"], job["error"]) == ("cancelled", None)
 
 
 def test_a_certificate_says_how_exact_a_merge_is(site: Site, pair: list[str]) -> None:
