@@ -69,7 +69,7 @@ def _measure(model: Path, lora: dict[str, Any], training: dict[str, Any], words:
     machine.matmul_rate(device, torch.bfloat16)
     # The floor holds what is imported when a model of this kind is built, and its tokenizer.
     base_model.outline(model, quantization="none", compute_dtype="bf16")
-    tokenizer = base_model.AutoTokenizer.from_pretrained(model)
+    tokenizer = base_model.load_tokenizer(model, 1 << 20)
     tokenizer("a")
     floor = machine.resident_bytes(device)
     base = base_model.load(model, quantization=config.quantization, compute_dtype=config.compute_dtype, device="cpu")

@@ -10,6 +10,7 @@ The modules, weights and rotary frequencies are those of the transformers model;
   forward again when their gradient is due: the same operations, so the same bits.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ class Decoder:
         self.lowest = adapted[0] if adapted else len(self.layers)
         self.recomputed = 0
         self.offload = False
+        self.head_seconds = 0.0  # of the last call of `gradients`, where the host computes
 
     @staticmethod
     def supports(model: Any) -> bool:
@@ -180,7 +182,9 @@ class Decoder:
             if index >= self.lowest:
                 kept[index] = own or found
             del found
+        started = time.perf_counter()
         loss, gradient = self._head.gradients(x, rows, divisor, needed=self.lowest < len(self.layers))
+        self.head_seconds = time.perf_counter() - started
         for index in reversed(range(self.lowest, len(self.layers))):
             if gradient is None:
                 break
@@ -199,10 +203,14 @@ class Decoder:
 
     def operations(self, pack: Pack) -> int:
         """Multiplications and additions that forward and backward need; recomputed ones are not counted."""
-        total = self._head.operations(pack, backward=True, dx_needed=self.lowest < len(self.layers))
+        total = self.head_operations(pack)
         for index, layer in enumerate(self.layers):
             total += layer.operations(pack, backward=index >= self.lowest, dx_needed=index > self.lowest)
         return total
+
+    def head_operations(self, pack: Pack) -> int:
+        """Those of `operations` that are the logits' and the loss'."""
+        return self._head.operations(pack, backward=True, dx_needed=self.lowest < len(self.layers))
 
     @property
     def recompute_share(self) -> float:

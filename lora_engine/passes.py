@@ -75,6 +75,13 @@ class Pass(Protocol):
         `gradients` then computes nothing meaningful; `operations` and `needed_bytes` are those of these layers.
         """
 
+    @property
+    def head_seconds(self) -> float:
+        """Of the last call of `gradients`, the time of what does not depend on the number of layers."""
+
+    def head_operations(self, batch: Any) -> int:
+        """Of `operations`, those that were made in that time."""
+
     def dequantized_bytes(self, *, keep: bool) -> int:
         """What `keep_dequantized` would add to the loaded base model, and what a pass needs where it does not."""
 
@@ -118,8 +125,16 @@ class PackedPass:
         return self.decoder.needed_bytes(batch)
 
     def sample(self) -> AbstractContextManager[None]:
-        alike = not self.recomputed and len(self.decoder.layers) >= _SAMPLED_FROM * _SAMPLE_LAYERS
+        many = len(self.decoder.layers) >= _SAMPLED_FROM * _SAMPLE_LAYERS
+        alike = many and not self.recomputed and self._device.type == "cpu"
         return self.decoder.shortened(_SAMPLE_LAYERS) if alike else nullcontext()
+
+    @property
+    def head_seconds(self) -> float:
+        return self.decoder.head_seconds
+
+    def head_operations(self, batch: Pack) -> int:
+        return self.decoder.head_operations(batch)
 
     def dequantized_bytes(self, *, keep: bool) -> int:
         projections = self.decoder.projections
@@ -156,7 +171,7 @@ class PaddedPass:
     # transformers keeps every activation: there is nothing to recompute or to offload.
     layers = recomputed = 0
     offload = False
-    recompute_share = 0.0
+    recompute_share = head_seconds = 0.0
 
     def __init__(self, adapted: Adapted) -> None:
         self._adapted = adapted
@@ -173,6 +188,9 @@ class PaddedPass:
 
     def sample(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def head_operations(self, batch: MicroBatch) -> int:  # noqa: ARG002 - its layers and head are timed together
+        return 0
 
     def dequantized_bytes(self, *, keep: bool) -> int:
         layers = list(quantized.layers(self._model))

@@ -337,10 +337,9 @@ def _slowness(choice: Choice, layers: int, least_rows: int) -> float:
 
 
 def _calibrated(job: Job, choice: Choice, batch: Batch) -> tuple[float | None, int]:
-    """(operations a second, bytes that memory grew beyond what was reckoned) of one micro-batch, or of a sample of it.
+    """(operations a second, bytes beyond what was reckoned) of one micro-batch; no rate where it did not fit.
 
-    No rate where it did not fit. The first pass makes the products' plans and touches the memory, which a short one
-    shows: it is made again.
+    The first pass makes the products' plans and touches the memory, which a short one shows: it is made again.
     """
     device, run = job.base.device, job.run
     dropout = (job.config.seed, 0) if run.drops else None
@@ -358,11 +357,14 @@ def _calibrated(job: Job, choice: Choice, batch: Batch) -> tuple[float | None, i
                     break
             grown = machine.peak_bytes(device) - before
             # A heap that has been used before hides growth, so that less than was reckoned says nothing.
-            return run.operations(batch) / seconds, max(0, grown - run.needed_bytes(batch))
+            surplus = max(0, grown - run.needed_bytes(batch))
+            sampled = run.operations(batch) - run.head_operations(batch)
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
         return None, 0
+    whole, head = run.operations(batch), run.head_operations(batch)
+    return whole / (run.head_seconds + (seconds - run.head_seconds) * (whole - head) / sampled), surplus
 
 
 def _predicted_seconds(job: Job, choice: Choice, rate: float | None) -> tuple[float | None, float | None]:
