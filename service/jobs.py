@@ -179,6 +179,7 @@ def cancel(session: Session, owner_id: str, job_id: str) -> Job:
     """A queued or paused job ends at once; a running one between two steps, and never succeeds any more (T9).
 
     At once too ends a merge that a request works on: nobody could tell its lease from that of a process that died.
+    Asked for again, nothing changes.
 
     Raises:
         NotFound: no such job of this owner.
@@ -189,7 +190,7 @@ def cancel(session: Session, owner_id: str, job_id: str) -> Job:
     statement = (
         update(Job)
         .where(Job.id == job_id, Job.owner_id == owner_id)
-        .where(Job.state.in_(("queued", "paused", *ACTIVE)))
+        .where(Job.state.in_(("paused", *_STOPPABLE)))
         .values(
             cancel_requested_at=func.coalesce(Job.cancel_requested_at, now()),
             state=case((ends, "cancelled"), else_="cancelling"),
@@ -203,12 +204,12 @@ def cancel(session: Session, owner_id: str, job_id: str) -> Job:
     state = session.scalar(statement)
     job = get(session, owner_id, job_id)
     session.refresh(job)
-    if state is None:
-        raise _over(job)
     if state == "cancelled":
         endings.tell(session, job_id, "Cancelled")
-    else:
+    elif state == "cancelling":
         events.append(session, job_id, "Cancel requested")
+    elif job.state != "cancelling":
+        raise _over(job)
     return job
 
 

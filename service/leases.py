@@ -144,9 +144,10 @@ def hand_over(session: Session, claim: Claim) -> None:
 
 
 def start(session: Session, claim: Claim) -> None:
-    """The attempt begins its work (T4)."""
-    _change(session, claim, ("claimed", "running"), state="running", started_at=func.coalesce(Job.started_at, now()))
-    events.append(session, claim.job_id, "Running")
+    """The attempt begins its work (T4). Again after a commit whose answer was lost, nothing changes."""
+    if _change(session, claim, ("claimed", "running")).state == "claimed":
+        _change(session, claim, ("claimed",), state="running", started_at=func.coalesce(Job.started_at, now()))
+        events.append(session, claim.job_id, "Running")
 
 
 def renew(session: Session, claim: Claim, lease_seconds: float, progress: Progress | None = None) -> Wish | None:

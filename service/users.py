@@ -113,13 +113,22 @@ def create_key(session: Session, user_id: str, request: KeyRequest | None = None
     return issue_key(session, user_id, request or KeyRequest())[1]
 
 
-def issue_key(session: Session, user_id: str, request: KeyRequest) -> tuple[ApiKey, str]:
-    """A new key's row, and the key itself, which is returned this once.
+def issue_key(
+    session: Session, user_id: str, request: KeyRequest, maker_id: str | None = None
+) -> tuple[ApiKey, str]:
+    """A new key's row, and the key itself, which is returned this once. `maker_id`: of the key that asks for it.
 
     Raises:
-        Conflict: the user has as many live keys as one may have.
+        Conflict: the user has as many live keys as one may have, or is being deleted.
+        Forbidden: it would outlive the key that asks.
     """
-    get_user(session, user_id, keep=True)  # who counts keys at the same moment waits
+    user = get_user(session, user_id, keep=True)  # who counts keys at the same moment waits
+    if user.deleted_at is not None:
+        raise Conflict("the user is being deleted, and can have no new key", code="user_deleted")
+    lifetime, left = request.expires_in_seconds, _left(session, maker_id)
+    if left is not None and (lifetime is None or lifetime > left):
+        message = f"this key ends in {left:.0f} seconds, and so has one that it makes to; set expires_in_seconds"
+        raise Forbidden(message, code="outlives_its_maker")
     if len(keys_of(session, user_id)) >= MAX_LIVE_KEYS:
         raise Conflict(f"there are {MAX_LIVE_KEYS} live keys; revoke one first", code="too_many_keys")
     # A fast hash is right here: 256 random bits cannot be guessed, unlike a password.
@@ -138,8 +147,12 @@ def issue_key(session: Session, user_id: str, request: KeyRequest) -> tuple[ApiK
     return row, key
 
 
-def rotate_key(session: Session, user_id: str, key_id: str, request: RotationRequest) -> tuple[ApiKey, str]:
+def rotate_key(
+    session: Session, user_id: str, key_id: str, request: RotationRequest, maker_id: str | None = None
+) -> tuple[ApiKey, str]:
     """A new key of the same scope and length of life in the place of an old one, which works on for the overlap.
+
+    It ends no later than the key that asks for it, `maker_id`, so that no key can make itself last.
 
     Raises:
         NotFound: no live key of this user.
@@ -149,12 +162,19 @@ def rotate_key(session: Session, user_id: str, key_id: str, request: RotationReq
     old = session.scalar(select(ApiKey).where(ApiKey.id == key_id, ApiKey.user_id == user_id, *_live()))
     if old is None:
         raise NotFound(f"there is no live key {key_id[:80]!r}")
-    lifetime = None if old.expires_at is None else max(1.0, old.expires_at - old.created_at)
+    own = None if old.expires_at is None else old.expires_at - old.created_at
+    lifetime = min((seconds for seconds in (own, _left(session, maker_id)) if seconds is not None), default=None)
     ends = now() + request.overlap_seconds
     sooner = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > ends)
     session.execute(update(ApiKey).where(ApiKey.id == key_id, sooner).values(expires_at=ends))
     scope: Scope = old.scope  # type: ignore[assignment]
-    return issue_key(session, user_id, KeyRequest(scope=scope, expires_in_seconds=lifetime))
+    lasts = None if lifetime is None else max(1.0, lifetime)
+    return issue_key(session, user_id, KeyRequest(scope=scope, expires_in_seconds=lasts))
+
+
+def _left(session: Session, key_id: str | None) -> float | None:
+    """Seconds after which a key opens nothing; None when it has no end."""
+    return None if key_id is None else session.scalar(select(ApiKey.expires_at - now()).where(ApiKey.id == key_id))
 
 
 def keys(session: Session) -> list[tuple[ApiKey, str]]:
@@ -169,13 +189,16 @@ def keys_of(session: Session, user_id: str) -> Sequence[ApiKey]:
     return session.scalars(rows.order_by(ApiKey.id.desc())).all()
 
 
-def revoke_key(session: Session, key_id: str, user_id: str | None = None) -> None:
-    """From the commit on the key opens nothing. With `user_id` only if it is this user's. Raises NotFound."""
+def revoke_key(session: Session, key_id: str, user_id: str | None = None) -> Scope:
+    """From the commit on the key opens nothing; its scope. With `user_id` only if it is this user's. Raises NotFound."""
     changed = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=now())
     if user_id is not None:
         changed = changed.where(ApiKey.user_id == user_id)
-    if not session.execute(changed.returning(ApiKey.id)).first():
+    row = session.execute(changed.returning(ApiKey.scope)).first()
+    if row is None:
         raise NotFound(f"there is no live key {key_id[:80]!r}")
+    scope: Scope = row.scope
+    return scope
 
 
 def authenticate(session: Session, key: str | None) -> Principal:
