@@ -83,4 +83,5 @@ class Child:
 
     def _tail(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return " | ".join(line.strip() for line in lines[-4:])[-600:]
+        said = [line.strip() for line in lines if line.strip(" ^~")]
+        return " | ".join(said[-2:])[-400:]

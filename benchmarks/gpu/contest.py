@@ -1,9 +1,12 @@
-"""The peers: each in turns of a few steps with ours, in the same run, on the same tokens."""
+"""The peers: each in turns of a few steps with ours, in the same run, on the same tokens.
+
+Two contenders share a device where it has room for both; else each has it alone, one right after the other.
+"""
 
 import statistics
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks._train_figures import Spread
@@ -46,24 +49,30 @@ PEERS = (
 
 
 @dataclass(slots=True)
-class _Measured:
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    warm_up: int = 0
+class Measured:
+    """Steps of one contender, as its gate tells them; the first `warm_up` are not timed."""
+
+    steps: list[dict[str, Any]]
+    warm_up: int
 
     def runs(self, run: int) -> list[list[dict[str, Any]]]:
         timed = self.steps[self.warm_up :]
         return [timed[start : start + run] for start in range(0, len(timed), run)]
 
 
-def contest(run: Run) -> None:
-    """Every peer against ours on 8B, packed steps of Alpaca's lengths; then QLoRA against our own LoRA."""
-    for quantization in ("none", "nf4"):
-        for peer in PEERS:
-            if quantization in peer.quantizations:
-                _pair(run, quantization, peer)
-        if quantization == "nf4":
-            own = Peer("our own LoRA bf16", "ours.train", ({"once": None},))
-            _pair(run, quantization, own, quantization_of_peer="none")
+def lora_peers(run: Run) -> None:
+    """Every peer against our LoRA bf16 on 8B, steps of Alpaca's lengths."""
+    for peer in PEERS:
+        if "none" in peer.quantizations:
+            _pair(run, "none", peer)
+
+
+def qlora_peers(run: Run) -> None:
+    """The same for QLoRA; first our QLoRA against our own LoRA."""
+    _pair(run, "nf4", Peer("our own LoRA bf16", "ours.train", ({},)), "none")
+    for peer in PEERS:
+        if "nf4" in peer.quantizations:
+            _pair(run, "nf4", peer)
 
 
 def _pair(run: Run, quantization: str, peer: Peer, quantization_of_peer: str | None = None) -> None:
@@ -73,55 +82,89 @@ def _pair(run: Run, quantization: str, peer: Peer, quantization_of_peer: str | N
         run.add({"name": name, "status": "not run", "why": "the part's time was used up"})
         return
     try:
-        run.add({"name": name, **_measured(run, quantization, peer, quantization_of_peer or quantization)})
+        config = _config(run, peer.written)
+        # On half of what is left, so that one peer that hangs does not cost the others their turn.
+        turn = Turn(run, time.monotonic() + max(10.0, run.left / 2))
+        # Dequantising once is no choice that a peer has.
+        own = config | {"quantization": quantization, "variant": {"once": False if quantization == "nf4" else None}}
+        other = config | {"quantization": quantization_of_peer or quantization}
+        ours, theirs, facts = turn.measured(own, peer, other)
+        run.add({"name": name, **_row(run, config, ours, theirs), **facts})
     except (Failed, OSError) as failure:
         run.add({"name": name, "status": "not run", "why": str(failure)})
 
 
-def _measured(run: Run, quantization: str, peer: Peer, quantization_of_peer: str) -> Row:
-    scale = run.scale
-    config = _config(run, peer.written)
-    # On half of what is left, so that one peer that hangs does not cost the others their turn.
-    deadline = time.monotonic() + max(10.0, run.left / 2)
-    with ExitStack() as stack:
-        ours = _begun(
-            run, stack, "ours.train", config | {"quantization": quantization, "variant": {"once": None}}, deadline
-        )
-        other, variant = _first(run, stack, peer, config | {"quantization": quantization_of_peer}, deadline)
-        found = {"ours": (ours, _warm(ours, scale.run, deadline)), "peer": (other[0], other[1])}
-        for number in range(scale.rounds):
-            for key in ("ours", "peer") if number % 2 else ("peer", "ours"):
-                child, kept = found[key]
-                kept.steps += child.run(scale.run, deadline)["steps"]
-    return _row(run, config, found["ours"][1], found["peer"][1], variant)
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The measurement of one pair, until `deadline` (of time.monotonic)."""
 
+    run: Run
+    deadline: float
 
-def _begun(run: Run, stack: ExitStack, task: str, config: Row, deadline: float, environment: str = "") -> Child:
-    child = stack.enter_context(run.child(task, config, environment))
-    child.answer(deadline)  # loaded
-    return child
+    def measured(self, own: Row, peer: Peer, other: Row) -> tuple[Measured, Measured, Row]:
+        """Ours, the peer's, and how: in turns where the device has room for both, else one after the other.
 
-
-def _first(
-    run: Run, stack: ExitStack, peer: Peer, config: Row, deadline: float
-) -> tuple[tuple[Child, _Measured], dict[str, Any]]:  # fmt: skip
-    """The first variant that makes its first steps."""
-    said = []
-    for variant in peer.variants:
-        with ExitStack() as own:
+        The peer begins, alone on the device, so that it has the memory it wants.
+        """
+        with ExitStack() as stack:
+            child, theirs, variant = self._first(stack, peer, other)
+            facts = {"variant": variant, "in turns": True}
             try:
-                child = _begun(run, own, peer.task, config | {"variant": variant}, deadline, peer.environment)
-                measured = _warm(child, run.scale.run, deadline)
+                mine, limited = self._begun(stack, "ours.train", own)
+                ours = self._warm(mine)
+                if not limited:
+                    self._interleave(mine, ours, child, theirs)
+                    return ours, theirs, facts
             except Failed as failure:
-                said.append(f"{variant}: {failure}")
-                continue
-            stack.push(own.pop_all())
-            return (child, measured), variant
-    raise Failed("; ".join(said))
+                facts["together"] = str(failure)
+        return *self.apart(own, peer, other | {"variant": variant}), facts | {"in turns": False}
 
+    def apart(self, own: Row, peer: Peer, other: Row) -> tuple[Measured, Measured]:
+        """One after the other, each alone on the device."""
+        ours, theirs = (
+            self._alone(task, config, environment)
+            for task, config, environment in (("ours.train", own, ""), (peer.task, other, peer.environment))
+        )
+        return ours, theirs
 
-def _warm(child: Child, steps: int, deadline: float) -> _Measured:
-    return _Measured(child.run(steps, deadline)["steps"], steps)
+    def _alone(self, task: str, config: Row, environment: str) -> Measured:
+        scale = self.run.scale
+        with ExitStack() as stack:
+            child, _ = self._begun(stack, task, config, environment)
+            found = self._warm(child)
+            for _ in range(scale.rounds):
+                found.steps += child.run(scale.run, self.deadline)["steps"]
+            return found
+
+    def _interleave(self, mine: Child, ours: Measured, child: Child, theirs: Measured) -> None:
+        turns = [(mine, ours), (child, theirs)]
+        for number in range(self.run.scale.rounds):
+            for process, found in turns if number % 2 else turns[::-1]:
+                found.steps += process.run(self.run.scale.run, self.deadline)["steps"]
+
+    def _begun(self, stack: ExitStack, task: str, config: Row, environment: str = "") -> tuple[Child, bool]:
+        """A loaded contender, and whether it says that it was short of memory."""
+        child = stack.enter_context(self.run.child(task, config, environment))
+        return child, bool(child.answer(self.deadline).get("limited"))
+
+    def _first(self, stack: ExitStack, peer: Peer, config: Row) -> tuple[Child, Measured, dict[str, Any]]:
+        """The first variant that makes its first steps."""
+        said = []
+        for variant in peer.variants:
+            with ExitStack() as own:
+                try:
+                    child, _ = self._begun(own, peer.task, config | {"variant": variant}, peer.environment)
+                    measured = self._warm(child)
+                except Failed as failure:
+                    said.append(f"{variant}: {failure}")
+                    continue
+                stack.push(own.pop_all())
+                return child, measured, variant
+        raise Failed("; ".join(said))
+
+    def _warm(self, child: Child) -> Measured:
+        steps = self.run.scale.run
+        return Measured(child.run(steps, self.deadline)["steps"], steps)
 
 
 def _config(run: Run, written: bool) -> Row:
@@ -151,7 +194,7 @@ def _config(run: Run, written: bool) -> Row:
     }
 
 
-def _row(run: Run, config: Row, ours: _Measured, peer: _Measured, variant: dict[str, Any]) -> Row:
+def _row(run: Run, config: Row, ours: Measured, peer: Measured) -> Row:
     size = config["examples"]
     found = documents(ALPACA, size * len(ours.steps), config["facts"]["vocab_size"], run.lengths)
     tokens = [sum(map(len, found[start : start + size])) for start in range(0, len(found), size)]
@@ -165,7 +208,6 @@ def _row(run: Run, config: Row, ours: _Measured, peer: _Measured, variant: dict[
         "peer's time by ours": round(by.median, 3),
         "quartiles": [round(by.low, 3), round(by.high, 3)],
         "loss difference": round(max(abs(one["loss"] / other["loss"] - 1) for one, other in pairs), 5),
-        "variant": variant,
         "step s, ours / peer": [
             round(statistics.median(step["seconds"] for step in item.steps), 4) for item in (ours, peer)
         ],

@@ -1,5 +1,6 @@
 """One training job of ours, measured: through the engine, with the planner's choice narrowed where asked."""
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -138,8 +139,8 @@ def useful(folder: Path, rank: int, documents: Sequence[Document]) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    """The smallest value that so many of all do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def _row(base: BaseModel, documents: Sequence[Document], lora: Row, training: Row, timed: Sequence[Any]) -> Row:

@@ -1,8 +1,10 @@
 """Unsloth, torchtune and LitGPT on a GPU; each where its packages were found, loading from a folder with weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks._train_gate import Gate
 from benchmarks._train_initial import copy_initial
@@ -13,13 +15,13 @@ _MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def unsloth(config: dict[str, Any], gate: Gate) -> None:
-    """Its model and its patched `SFTTrainer`, packed, with its own recomputation, as its notebooks have it."""
+    """Its model and its patched `SFTTrainer`, as its notebooks have it; it drops the padding itself."""
     import unsloth as package  # it patches what is imported after it
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from benchmarks.gpu.peers import contents
+    from benchmarks.gpu.peers import contents, in_order
 
     gate.imported()
     model, tokenizer = package.FastLanguageModel.from_pretrained(
@@ -48,9 +50,7 @@ def unsloth(config: dict[str, Any], gate: Gate) -> None:
     arguments = SFTConfig(
         output_dir=config["output"],
         per_device_train_batch_size=config["examples"],
-        train_sampling_strategy="sequential",
         max_length=config["sequence_length"],
-        padding_free=True,
         learning_rate=config["learning_rate"],
         lr_scheduler_type="constant",
         max_grad_norm=config["max_grad_norm"],
@@ -74,6 +74,7 @@ def unsloth(config: dict[str, Any], gate: Gate) -> None:
         processing_class=tokenizer,
         callbacks=[Steps()],
     )
+    in_order(trainer, trainer.train_dataset)
     gate.loaded()
     trainer.train()
 
@@ -88,9 +89,7 @@ def torchtune(config: dict[str, Any], gate: Gate) -> None:
         _whole(config["model"]) if path.endswith("/model.safetensors") else weights(path)
     )
     torch.set_default_device(config["device"])
-    _train_torchtune.train(
-        config | {"threads": torch.get_num_threads(), "batches": contents_on_cpu(contents, config)}, gate
-    )
+    _train_torchtune.train(config | {"threads": torch.get_num_threads(), "batches": _on_cpu(contents, config)}, gate)
 
 
 def litgpt(config: dict[str, Any], gate: Gate) -> None:
@@ -98,7 +97,6 @@ def litgpt(config: dict[str, Any], gate: Gate) -> None:
     from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from litgpt.utils import chunked_cross_entropy
-    from safetensors.torch import load_file
 
     from benchmarks._train_litgpt import _copy_initial
     from benchmarks.gpu.peers import contents
@@ -144,17 +142,13 @@ def litgpt(config: dict[str, Any], gate: Gate) -> None:
         gate.step(loss.item())
 
 
-def contents_on_cpu(contents: Any, config: dict[str, Any]) -> Any:
+def _on_cpu(contents: Any, config: dict[str, Any]) -> Any:
     with torch.device("cpu"):
         return contents(config)
 
 
 def _whole(folder: str) -> dict[str, torch.Tensor]:
     """All shards of a folder."""
-    from pathlib import Path
-
-    from safetensors.torch import load_file
-
     found: dict[str, torch.Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         found |= load_file(path)

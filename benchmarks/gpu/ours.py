@@ -31,6 +31,7 @@ def train(config: dict[str, Any], gate: Gate) -> None:
             spec(base, Path(config["output"]), {"rank": config["rank"], "alpha": config["alpha"]}, settings), base
         )
     with job:
-        gate.loaded()
+        # Whether there was less memory than it would have used.
+        gate.loaded(limited=job.plan.recomputed_layers > 0)
         for step in job.steps():
             gate.step(step.loss)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu.contest import contest
+from benchmarks.gpu.contest import lora_peers, qlora_peers
 from benchmarks.gpu.run import Row, Run
 from benchmarks.gpu.shapes import ALPACA
 
@@ -166,7 +166,8 @@ def _errors(rows: list[Row]) -> None:
 PARTS: dict[str, tuple[Callable[[Run], None], int]] = {
     "rates": (rates, 60),
     "correct": (correct, 180),
-    "peers": (contest, 540),
+    "peers": (lora_peers, 540),
+    "peers-nf4": (qlora_peers, 540),
     "article": (article, 240),
     "memory": (memory, 120),
     "speed": (speed, 540),

@@ -39,7 +39,6 @@ def stock(config: dict[str, Any], gate: Gate) -> None:
     arguments = transformers.TrainingArguments(
         output_dir=config["output"],
         per_device_train_batch_size=config["examples"],
-        train_sampling_strategy="sequential",
         learning_rate=config["learning_rate"],
         lr_scheduler_type="constant",
         max_grad_norm=config["max_grad_norm"],
@@ -60,6 +59,7 @@ def stock(config: dict[str, Any], gate: Gate) -> None:
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=rows, data_collator=_padded, callbacks=[Steps()]
     )
+    in_order(trainer, rows)
     gate.loaded()
     trainer.train()
 
@@ -87,6 +87,11 @@ def tuned(config: dict[str, Any], gate: Gate) -> None:
         optimizer.step()
         optimizer.zero_grad()
         gate.step(loss.item())
+
+
+def in_order(trainer: Any, rows: Any) -> None:
+    """Have a `Trainer` of any version take the rows as they come."""
+    trainer._get_train_sampler = lambda *_, **__: torch.utils.data.SequentialSampler(rows)
 
 
 def contents(config: dict[str, Any]) -> list[list[dict[str, list[int]]]]:

@@ -37,7 +37,7 @@ GOALS = (
          lambda row: row["peer's time by ours"], 2.0, True),
     Goal("the same, against Unsloth", "peers", ("LoRA bf16 r", "Unsloth"),
          lambda row: row["peer's time by ours"], 1.2, True),
-    Goal("QLoRA's time by our own LoRA's", "peers", ("our own LoRA",),
+    Goal("QLoRA's time by our own LoRA's", "peers-nf4", ("our own LoRA",),
          lambda row: 1 / row["peer's time by ours"], 1.05),
     Goal("7B QLoRA r 8, 1304 tokens, peak GB", "memory", ("QLoRA r 8",), lambda row: row["peak GB"], 5.5),
     Goal("7B QLoRA r 256, 2048 tokens, peak GB", "memory", ("QLoRA r 256",), lambda row: row["peak GB"], 16.0),
