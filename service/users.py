@@ -127,7 +127,7 @@ def issue_key(
         raise Conflict("the user is being deleted, and can have no new key", code="user_deleted")
     lifetime, left = request.expires_in_seconds, _left(session, maker_id)
     if left is not None and (lifetime is None or lifetime > left):
-        message = f"this key ends in {left:.0f} seconds, and so has one that it makes to; set expires_in_seconds"
+        message = f"this key ends in {left:.0f} seconds, and none that it makes may last longer; set expires_in_seconds"
         raise Forbidden(message, code="outlives_its_maker")
     if len(keys_of(session, user_id)) >= MAX_LIVE_KEYS:
         raise Conflict(f"there are {MAX_LIVE_KEYS} live keys; revoke one first", code="too_many_keys")
