@@ -32,7 +32,7 @@ def append(session: Session, entry: Entry) -> None:
     values["address"] = _printable(entry.address, 64)
     values["action"] = _printable(entry.action, 200)
     values["object_id"] = None if entry.object_id is None else _printable(entry.object_id, 200)
-    session.execute(insert(AuditEntry).values(id=new_id("audit"), **values))
+    session.execute(insert(AuditEntry.__table__).values(id=new_id("audit"), **values))  # type: ignore[arg-type]
 
 
 def page(session: Session, user_id: str | None, after: str | None, limit: int) -> tuple[list[AuditEntry], bool]:

@@ -5,13 +5,17 @@ turns into a writer fails at once instead of waiting. PostgreSQL is told with ev
 show: its row-level security is a second wall behind the owner in every query. SQLite has none.
 """
 
+import select
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from typing import Any, Self
 
+import psycopg
 from sqlalchemy import Connection, Engine, Float, create_engine, event, make_url
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.functions import FunctionElement
@@ -23,6 +27,8 @@ _WRITES = "luthier_writes"
 # Nobody waits for long: not for a lock, not for a statement, and not for a process that stands still in a transaction.
 _LIMITS = "-c lock_timeout=5s -c statement_timeout=30s -c idle_in_transaction_session_timeout=30s"
 _OF_CALLERS = "luthier_of_callers"
+_IDLE_SINCE = "luthier_idle_since"
+_PING_AFTER_SECONDS = 5.0
 # Whose request this is: set once the key was checked, and followed into the threads that work on it.
 caller: ContextVar[str] = ContextVar("caller", default="")
 
@@ -53,7 +59,7 @@ class Database:
         parsed = make_url(url)
         self._info = dict(info or {})
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
-        options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool_size, "max_overflow": 20}
+        options: dict[str, Any] = {"pool_size": pool_size, "max_overflow": 20}
         options["hide_parameters"] = True  # an error's text goes to the log; the values are people's data
         if self.is_sqlite:
             options["connect_args"] = {"timeout": 10, "check_same_thread": False}
@@ -62,13 +68,17 @@ class Database:
             # The keepalives end a connection whose other side has vanished without a word.
             alive = {"keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
             limits = f"{parsed.query.get('options', '')} {_LIMITS}"
-            options |= {"pool_timeout": 2, "connect_args": {"connect_timeout": 5, "options": limits, **alive}}
+            # The driver begins nothing by itself: `_begin_postgresql` does, in one round trip with what is set for it.
+            connect = {"connect_timeout": 5, "options": limits, "autocommit": True, **alive}
+            options |= {"pool_timeout": 2, "connect_args": connect}
         self.engine: Engine = create_engine(parsed, **options)
         if self.is_sqlite:
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
             event.listen(self.engine, "begin", _begin_postgresql)
+            event.listen(self.engine, "checkin", _note_idle)
+            event.listen(self.engine, "checkout", _check_alive)
 
     def of_callers(self) -> Self:
         """The same database, in which each transaction sees the rows of its `caller` alone, or none without one.
@@ -142,4 +152,32 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _begin_postgresql(connection: Connection) -> None:
     owner = caller.get() if connection.get_execution_options().get(_OF_CALLERS) else "*"
-    connection.exec_driver_sql("SELECT set_config('luthier.owner', %s, true)", (owner,))
+    quoted = owner.replace("'", "''")
+    connection.exec_driver_sql(f"BEGIN; SELECT set_config('luthier.owner', '{quoted}', true)")
+
+
+def _note_idle(_connection: Any, record: Any) -> None:
+    record.info[_IDLE_SINCE] = time.monotonic()
+
+
+def _check_alive(connection: Any, record: Any, _proxy: Any) -> None:
+    """Before it is used again. That a server hung up can be read off the socket; only a long silence costs a ping.
+
+    Raises:
+        InvalidatePoolError: it is dead, and probably the others too; the pool makes a new one.
+    """
+    since = record.info.pop(_IDLE_SINCE, None)
+    if since is None:
+        return  # it was opened just now
+    try:
+        if time.monotonic() - since > _PING_AFTER_SECONDS or _is_readable(connection.fileno()):
+            connection.execute("SELECT 1")
+    except psycopg.Error as error:
+        raise InvalidatePoolError from error
+
+
+def _is_readable(descriptor: int) -> bool:
+    """Whether the server said something that nobody asked for: usually that this was the end."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))

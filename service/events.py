@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from lora_engine.history import History
@@ -22,15 +22,22 @@ def append(
     data: dict[str, Any] | None = None,
 ) -> None:
     """Add one event. The counter lives in the job's row, so writers of one job queue up behind each other."""
-    row = session.execute(
-        update(Job).where(Job.id == job_id).values(event_seq=Job.event_seq + 1).returning(Job.event_seq, Job.epoch)
-    ).one()
-    session.add(
-        JobEvent(
-            job_id=job_id, seq=row.event_seq, epoch=row.epoch, type=type, level=level, message=message, data=data or {}
-        )
-    )
-    session.flush()
+    numbered = update(Job).where(Job.id == job_id).values(event_seq=Job.event_seq + 1)
+    told = numbered.returning(Job.event_seq, Job.epoch).execution_options(synchronize_session=False)
+    row = session.execute(told).one()
+    _insert(session, job_id, row.event_seq, row.epoch, message, type, level, data or {})
+
+
+def first(session: Session, job: Job, message: str) -> None:
+    """That of a job that this transaction has made, with `event_seq` 1: nobody else can number events of it yet."""
+    _insert(session, job.id, job.event_seq, job.epoch, message, "message", "info", {})
+
+
+def _insert(
+    session: Session, job_id: str, seq: int, epoch: int, message: str, type_: str, level: str, data: dict[str, Any]
+) -> None:
+    told = {"type": type_, "level": level, "message": message, "data": data}
+    session.execute(insert(JobEvent.__table__).values(job_id=job_id, seq=seq, epoch=epoch, **told))  # type: ignore[arg-type]
 
 
 def after(session: Session, job_id: str, seq: int, limit: int) -> list[JobEvent]:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, not_, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, insert, not_, or_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from lora_engine import failpoints
 from lora_engine.config import LoraConfig, TrainingConfig, check_held_out, to_mapping
@@ -15,10 +15,18 @@ from lora_engine.target_modules import Module, targets
 from service import base_models, datasets, endings, events, leases, queue, quotas, traces
 from service.db import now
 from service.errors import Conflict, Invalid, NotFound
-from service.models import ACTIVE, BaseModel, IdempotencyKey, Job, new_id
+from service.models import ACTIVE, Adapter, Artifact, BaseModel, IdempotencyKey, Job, new_id
 
 Status = Literal["queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
 _STOPPABLE = ("queued", "claimed", "running")
+# Put together once, as clients ask for single jobs again and again.
+_WITH_RESULT = (
+    select(Job, Adapter, Artifact)
+    .outerjoin(Adapter, Adapter.job_id == Job.id)
+    .outerjoin(Artifact, Artifact.job_id == Job.id)
+    .options(load_only(Adapter.id, Adapter.deleted_at, Adapter.metrics))
+    .options(load_only(Artifact.id, Artifact.deleted_at, Artifact.metrics))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,14 @@ def get(session: Session, owner_id: str, job_id: str) -> Job:
     if job is None:
         raise NotFound(f"there is no job {job_id[:80]!r}")
     return job
+
+
+def with_result(session: Session, owner_id: str, job_id: str) -> tuple[Job, Adapter | None, Artifact | None]:
+    """`get`, and what the job has left, be it deleted: by one query."""
+    row = session.execute(_WITH_RESULT.where(Job.id == job_id, Job.owner_id == owner_id)).first()
+    if row is None:
+        raise NotFound(f"there is no job {job_id[:80]!r}")
+    return row[0], row[1], row[2]
 
 
 def page(
@@ -244,7 +260,7 @@ def submit(
             if last_try:
                 raise
     if created and job.state == "queued":
-        events.append(session, job.id, "Queued")
+        events.first(session, job, "Queued")
         queue.enqueue(session, job.id)
     failpoints.reach("submit.before_commit")
     return job, created
@@ -274,12 +290,12 @@ def _accept(session: Session, owner_id: str, job: Job, idempotency: Idempotency 
     if created:
         quotas.admit_job(session, owner_id)
         job.id, job.owner_id, job.trace_parent = new_id("job"), owner_id, traces.current()
+        job.event_seq = 1 if job.state in (None, "queued") else 0  # its first event is written by `submit`
         session.add(job)
         session.flush()
     if idempotency is not None:
         row = {"key": idempotency.key, "body_sha256": idempotency.body_sha256, "job_id": job.id}
-        session.add(IdempotencyKey(owner_id=owner_id, **row))
-        session.flush()
+        session.execute(insert(IdempotencyKey.__table__).values(owner_id=owner_id, **row))  # type: ignore[arg-type]
     return job, created
 
 

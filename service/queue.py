@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import delete, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from lora_engine import failpoints
@@ -50,7 +50,7 @@ def make_celery(broker_url: str) -> Celery:
 
 def enqueue(session: Session, job_id: str) -> None:
     """Announce a job once this unit of work has committed."""
-    session.add(OutboxMessage(job_id=job_id))
+    session.execute(insert(OutboxMessage.__table__).values(job_id=job_id))  # type: ignore[arg-type]
     after_commit(session, outbox_filled.set)
 
 

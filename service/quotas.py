@@ -7,7 +7,7 @@ Who counts for a user holds a lock until the commit, so that a hundred requests 
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, func, or_, select, text
+from sqlalchemy import ColumnElement, Select, func, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
 from service.errors import NotFound, TooMany
@@ -45,15 +45,17 @@ def admit_job(session: Session, owner_id: str) -> None:
     user = _locked(session, owner_id)
     limit = user.max_unfinished_jobs
     limit = _default(session).unfinished_jobs if limit is None else limit
-    if unfinished(session, owner_id) >= limit:
+    count, stored = _have(session, owner_id)
+    if count >= limit:
         message = f"{limit} jobs have not ended, as many as you may have; wait until one has, or cancel one"
         raise TooMany(message, code="too_many_jobs", retry_after=_RETRY_JOBS_SECONDS)
-    _check_bytes(session, user, 0)
+    _check_bytes(session, user, stored)
 
 
 def admit_bytes(session: Session, owner_id: str, count: int) -> None:
     """Room for `count` more bytes of this owner, kept until the commit. Raises TooMany and NotFound likewise."""
-    _check_bytes(session, _locked(session, owner_id), count)
+    user = _locked(session, owner_id)
+    _check_bytes(session, user, stored_bytes(session, owner_id) + count)
 
 
 def admit_running(session: Session, owner_id: str) -> None:
@@ -88,22 +90,38 @@ def running(session: Session, owner_id: str) -> int:
 
 def stored_bytes(session: Session, owner_id: str) -> int:
     """Of everything that is not deleted. What jobs keep on the way, checkpoints and received files, does not count."""
-    sums = [
-        select(func.coalesce(func.sum(table.bytes), 0)).where(table.owner_id == owner_id, table.deleted_at.is_(None))
+    return sum(map(int, session.execute(select(*_sums(owner_id))).one()))
+
+
+def _have(session: Session, owner_id: str) -> tuple[int, int]:
+    """`unfinished` and `stored_bytes`, by one query."""
+    count, *sums = session.execute(select(_counted(Job.owner_id == owner_id).scalar_subquery(), *_sums(owner_id))).one()
+    return count, sum(map(int, sums))
+
+
+def _sums(owner_id: str) -> list[ColumnElement[int]]:
+    return [
+        select(func.coalesce(func.sum(table.bytes), 0))
+        .where(table.owner_id == owner_id, table.deleted_at.is_(None))
+        .scalar_subquery()
         for table in (Dataset, Adapter, Artifact)
     ]
-    return sum(map(int, session.execute(select(*(statement.scalar_subquery() for statement in sums))).one()))
 
 
 def _count(session: Session, *conditions: ColumnElement[bool]) -> int:
+    return session.scalar(_counted(*conditions)) or 0
+
+
+def _counted(*conditions: ColumnElement[bool]) -> Select[tuple[int]]:
     # Spelled as the partial index has it: from parameters the planner could not tell that the index fits.
     unfinished = text(f"jobs.state NOT IN {TERMINAL}")
-    return session.scalar(select(func.count()).select_from(Job).where(*conditions, unfinished)) or 0
+    return select(func.count()).select_from(Job).where(*conditions, unfinished)
 
 
 def _check_bytes(session: Session, user: User, count: int) -> None:
+    """Raises TooMany when `count` bytes are more than this user may store."""
     limit = _default(session).stored_bytes if user.max_stored_bytes is None else user.max_stored_bytes
-    if stored_bytes(session, user.id) + count > limit:
+    if count > limit:
         message = f"that would be more than the {limit} bytes you may store; delete datasets, adapters or artifacts"
         raise TooMany(message, code="too_many_bytes", retry_after=_RETRY_BYTES_SECONDS)
 

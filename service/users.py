@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -205,9 +205,7 @@ def authenticate(session: Session, key: str | None) -> Principal:
     """Who holds `key`. Unknown, revoked, expired and malformed ones get one answer, after the same work."""
     well_formed = key is not None and key.startswith(_PREFIX) and len(key) < 200 and key.isascii()
     sha256 = _digest(key if key is not None and well_formed else _PREFIX)
-    stale = func.coalesce(ApiKey.last_used_at, 0) < now() - _USE_SECONDS
-    rows = select(ApiKey.id, ApiKey.user_id, ApiKey.scope, stale.label("is_stale")).where(ApiKey.sha256 == sha256)
-    row = session.execute(rows.where(*_live())).first()
+    row = session.execute(_HOLDER, {"sha256": sha256}).first()
     if row and well_formed:
         return Principal(row.user_id, row.id, row.scope, is_stale=row.is_stale)
     raise Unauthorized("a valid API key is needed: send it as 'Authorization: Bearer luthier_…'")
@@ -215,12 +213,18 @@ def authenticate(session: Session, key: str | None) -> Principal:
 
 def note_use(session: Session, key_id: str) -> None:
     """The key was used just now; written at most once a minute."""
-    stale = func.coalesce(ApiKey.last_used_at, 0) < now() - _USE_SECONDS
-    session.execute(update(ApiKey).where(ApiKey.id == key_id, stale).values(last_used_at=now()))
+    session.execute(update(ApiKey).where(ApiKey.id == key_id, _STALE).values(last_used_at=now()))
 
 
 def _live() -> tuple[ColumnElement[bool], ...]:
     return ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now())
+
+
+# Put together once: every request asks this.
+_STALE = func.coalesce(ApiKey.last_used_at, 0) < now() - _USE_SECONDS
+_HOLDER = select(ApiKey.id, ApiKey.user_id, ApiKey.scope, _STALE.label("is_stale")).where(
+    ApiKey.sha256 == bindparam("sha256"), *_live()
+)
 
 
 def _digest(key: str) -> str:

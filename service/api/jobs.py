@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import anyio
@@ -13,6 +13,7 @@ from lora_engine import curves
 from service import adapters, artifacts, events, jobs, schema_examples, schemas
 from service.api.errors import documented
 from service.api.event_stream import event, open_stream, resume_after
+from service.api.record import append_within
 from service.api.request import (
     After,
     Caller,
@@ -33,18 +34,19 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 @router.post(
     "",
     status_code=201,
+    response_model=schemas.Job,
     summary="Train an adapter",
     responses=documented(400, 404, 409, 413, 415, 422),
     openapi_extra=body_schema(jobs.TrainingRequest, schema_examples.TRAINING),
 )
-def create_job(
-    caller: Caller, parts: Inside, body: JsonBody, response: Response, key: IdempotencyHeader = None
-) -> schemas.Job:
+def create_job(http: Request, caller: Caller, parts: Inside, body: JsonBody, key: IdempotencyHeader = None) -> Response:
     """Queue a training. Once this has answered 201 the job is not lost, whatever is restarted."""
     request = parse(jobs.TrainingRequest, body)
-    with parts.database.unit_of_work() as session:
-        result = jobs.submit_training(session, caller.user_id, request, idempotency(body, key))
-        return submitted(session, result, response)
+    with append_within(http) as record, parts.database.unit_of_work() as session:
+        job, created = jobs.submit_training(session, caller.user_id, request, idempotency(body, key))
+        told = job_objects(session, [job])[0]
+        record(session, 201, job.id)
+    return _json(told, 201, {} if created else {"Idempotent-Replayed": "true"})
 
 
 @router.get("", summary="List jobs", responses=documented(422))
@@ -61,10 +63,10 @@ def list_jobs(
         return schemas.Jobs.of(job_objects(session, rows), more)
 
 
-@router.get("/{job_id}", summary="Get a job", responses=documented(404))
-def get_job(caller: Caller, parts: Inside, job_id: str) -> schemas.Job:
+@router.get("/{job_id}", response_model=schemas.Job, summary="Get a job", responses=documented(404))
+def get_job(caller: Caller, parts: Inside, job_id: str) -> Response:
     with parts.database.reading() as session:
-        return job_objects(session, [jobs.get(session, caller.user_id, job_id)])[0]
+        return _json(_job(*jobs.with_result(session, caller.user_id, job_id)))
 
 
 @router.post("/{job_id}/cancel", status_code=202, summary="Cancel a job", responses=documented(404, 409))
@@ -201,6 +203,11 @@ def _job(row: Job, adapter: Adapter | None, artifact: Artifact | None) -> schema
         started_at=row.started_at,
         finished_at=row.finished_at,
     )
+
+
+def _json(told: schemas.Job, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Of routes that are asked often: made once, in the thread of the route, and not checked by another one."""
+    return Response(told.model_dump_json(), status, headers, "application/json")
 
 
 def _events(parts: Parts, owner_id: str, job_id: str, after: int, limit: int) -> schemas.Events:

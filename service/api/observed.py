@@ -51,11 +51,13 @@ class Observed:
 
 
 def _write(scope: Scope, method: str, route: str, status: int, seconds: float) -> None:
+    level = logging.DEBUG if route in _PROBES else logging.INFO
+    if not log.isEnabledFor(level):
+        return
     caller = scope.get("state", {}).get("caller")
     facts = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
     facts |= {} if caller is None else {"user_id": caller.user_id, "key_id": caller.key_id}
     facts |= {name: value for name, value in scope.get("path_params", {}).items() if name.endswith("_id")}
-    level = logging.DEBUG if route in _PROBES else logging.INFO
     log.log(level, "%s %s: %d", method, route, status, extra={"facts": facts})
 
 

@@ -2,10 +2,14 @@
 
 import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+from starlette.requests import Request
 from starlette.types import Message, Scope, Send
 
 from service import audit
@@ -24,7 +28,7 @@ class Record:
     def __init__(self, scope: Scope, request_id: str, send: Send) -> None:
         self._scope, self._request_id, self._send = scope, request_id, send
         self._head: Message | None = None
-        scope.setdefault("state", {})
+        scope.setdefault("state", {})["record"] = self
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and self._is_wanted(message["status"]):
@@ -37,7 +41,14 @@ class Record:
             await self._send(head)
         await self._send(message)
 
+    def append(self, session: Session, status: int, object_id: str) -> None:
+        """In the transaction of the change that it tells of."""
+        body = json.dumps({"id": object_id}).encode()
+        audit.append(session, self._entry(status, body))
+
     def _is_wanted(self, status: int) -> bool:
+        if self._scope["state"].get("recorded", False):
+            return False
         if status in _DENIALS:
             return not self._scope["state"].get("unrecorded", False)
         # Without a route nothing was changed, and nobody was asked for a key.
@@ -63,6 +74,14 @@ class Record:
                 audit.append(session, entry)
         except SQLAlchemyError as error:  # what was done is done: the log of the process has to do
             log.error("not in the audit log (%s): %s", type(error).__name__, entry)
+
+
+@contextmanager
+def append_within(request: Request) -> Iterator[Callable[[Session, int, str], None]]:
+    """For a route that writes the row itself, in its own transaction: `append`. A block that fails has not recorded."""
+    record: Record = request.state.record
+    yield record.append
+    request.state.recorded = True
 
 
 def _made(status: int, body: bytes) -> list[str]:

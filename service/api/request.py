@@ -192,7 +192,7 @@ def _is_pattern(name: str) -> bool:
 JsonBody = Annotated[Body, Depends(_read_json)]
 
 
-def _no_body(request: Request) -> Body:
+async def _no_body(request: Request) -> Body:
     return Body({}, hashlib.sha256(request.url.path.encode()).hexdigest())
 
 
