@@ -113,9 +113,7 @@ def create_key(session: Session, user_id: str, request: KeyRequest | None = None
     return issue_key(session, user_id, request or KeyRequest())[1]
 
 
-def issue_key(
-    session: Session, user_id: str, request: KeyRequest, maker_id: str | None = None
-) -> tuple[ApiKey, str]:
+def issue_key(session: Session, user_id: str, request: KeyRequest, maker_id: str | None = None) -> tuple[ApiKey, str]:
     """A new key's row, and the key itself, which is returned this once. `maker_id`: of the key that asks for it.
 
     Raises:
@@ -190,7 +188,7 @@ def keys_of(session: Session, user_id: str) -> Sequence[ApiKey]:
 
 
 def revoke_key(session: Session, key_id: str, user_id: str | None = None) -> Scope:
-    """From the commit on the key opens nothing; its scope. With `user_id` only if it is this user's. Raises NotFound."""
+    """From the commit on the key opens nothing; its scope. With `user_id` only if it is this one's. Raises NotFound."""
     changed = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=now())
     if user_id is not None:
         changed = changed.where(ApiKey.user_id == user_id)
