@@ -1,7 +1,9 @@
 """The audit log: one row for each request that changes something or is refused for who makes it. Only ever added to.
 
-A row is written before the answer is sent, so that nobody is told of a change that is not in the log. It holds ids,
-an address and an outcome, and nothing that was sent; whatever a client chose is escaped to printable ASCII.
+A row is written right after the change and before the answer, in a transaction of its own; that of a submitted job, in
+the job's. It is lost only if the process dies or the database fails in between; in the second case the process's log
+has it. It holds ids, an address and an outcome, and nothing that was sent; whatever a client chose is escaped to
+printable ASCII.
 """
 
 from dataclasses import asdict, dataclass
