@@ -38,6 +38,10 @@ def stall(_: Any) -> None:
     time.sleep(60)
 
 
+def wait(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 def grow(megabytes: int) -> int:
     return len(bytearray(megabytes * MB))
 
@@ -48,6 +52,20 @@ def boast(megabytes: int) -> str:
 
 def die(_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tire(_: Any, calls: list[None] = []) -> int:  # noqa: B006 - as long as the process
+    """Ends the process that it has been called in before."""
+    if calls:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(None)
+    return os.getpid()
+
+
+def die_of(what: str) -> int:
+    if what == "this":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
 
 
 def reach(what: str) -> str:
@@ -96,6 +114,31 @@ def test_what_does_not_end_is_ended(function: Any) -> None:
         with pytest.raises(Exceeded, match=r"0\.2 s or 64 MB"):
             child.call(None)
         assert time.monotonic() - began < 15
+
+
+def test_a_process_that_died_while_idle_is_nobodys_fault() -> None:
+    with confined(die_of) as child:
+        process = psutil.Process(child.call("nothing"))
+        process.kill()
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert child.call("nothing") != process.pid
+        with pytest.raises(Exceeded):  # but this is
+            child.call("this")
+
+
+def test_a_call_that_ends_a_used_process_is_made_again_in_a_fresh_one() -> None:
+    with confined(tire) as child:
+        assert len({child.call(None) for _ in range(3)}) == 3
+
+
+def test_a_call_that_takes_too_long_is_not_made_again() -> None:
+    with confined(wait, seconds=1) as child:
+        child.call(0)
+        began = time.monotonic()
+        with pytest.raises(Exceeded):
+            child.call(60)
+        assert time.monotonic() - began < 1.9
 
 
 def test_memory_has_an_end() -> None:
