@@ -5,7 +5,7 @@ is started once and serves all templates. It gives them what transformers does, 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,8 @@ from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 from lora_engine.confined import Confined, Exceeded
 from lora_engine.errors import DataError
@@ -22,7 +23,8 @@ from lora_engine.errors import DataError
 MEMORY_BYTES = 512 << 20
 SECONDS = 10.0
 _EVERYTHING = (
-    r"{{ '\u00e9\n' | tojson }}{{ [1] | pprint }}{{ ns is defined }}"
+    r"{{ '\u00e9\n' | tojson(indent=1) }}{{ [1] | pprint }}{{ ns is defined }}{{ 'a b' | wordwrap(1) }}"
+    "{{ '<b>&amp;</b>' | striptags }}{{ lipsum(1) }}{{ 'a.de' | urlize }}{{ [1] | random }}{{ {'a': 1} | xmlattr }}"
     "{% generation %}{% for a in range(2) %}{% break %}{% endfor %}{% endgeneration %}"
 )
 _renderer = Confined(f"{__name__}:answer", memory_bytes=MEMORY_BYTES, seconds=SECONDS)
@@ -91,13 +93,48 @@ def _compiled(template: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
+    environment.globals |= {"raise_exception": _raise, "dict": _Dict(), "namespace": _Namespace}
     return environment.from_string(template)
 
 
-def _to_json(value: Any, **options: Any) -> str:
+class _Dict:
+    """What a template calls to make a dict: it has nothing of the type but this."""
+
+    def __call__(self, /, *arguments: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*arguments, **items)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None, /) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+class _Namespace(Namespace):
+    """Jinja's, for names that do not begin with an underscore: Python's own do."""
+
+    def __init__(self, /, *arguments: Any, **items: Any) -> None:
+        given = dict(*arguments, **items)
+        for name in given:
+            _allow(name)
+        super().__init__(given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _allow(name)
+        super().__setitem__(name, value)
+
+
+def _allow(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name that begins with an underscore: {name!r}")
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Without the escapes for HTML that Jinja's own filter adds."""
-    return json.dumps(value, **{"ensure_ascii": False, **options})
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

@@ -34,6 +34,14 @@ TEMPLATES = [
     "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x is defined }}",
     "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ tools is none }} {{ documents is none }}",
     "{%- set ns = namespace(n=0) -%}\n{% for m in messages %}\n{% set ns.n = ns.n + 1 %}\n{% endfor %}{{ ns.n }}",
+    "{{ messages | tojson(true, 1, [';', '='], true) }}{{ messages | tojson(ensure_ascii=true, indent='\\t') }}",
+    "{{ 'one two three' | wordwrap(5) }}{{ '<p>a &eacute;&lt; <b>b</b></p>' | striptags }}{{ messages | pprint }}",
+    "{{ 'see example.org, a@b.de' | urlize(8, true) }}{{ {'a': '<', 'b': none} | xmlattr }}{{ '<' | escape }}",
+    "{{ 2048 | filesizeformat(true) }}{{ [3, 1] | sort | join('-') }}{{ messages | groupby('role') | list }}",
+    "{{ '%05.1f' | format(2.25) }}{{ '{:>5}'.format('é') }}{{ 'x y' | urlencode }}{{ 'ab' | indent(2, true) }}",
+    "{{ (lipsum(2, html=false) | length) > 9 }}{{ [1, 1] | random }}{{ cycler('a', 'b').next() }}{{ joiner()() }}",
+    "{{ dict(a=1) }}{{ dict([['b', 2]], c=3).items() | list }}{{ dict.fromkeys(['a'], 0) }}{{ dict.mro }}",
+    "{% set ns = namespace({'a': 1}, self=2) %}{% set ns.b = 3 %}{{ ns.a + ns.self + ns.b }}{{ ns.c is defined }}",
     "  {% if add_generation_prompt %}\n yes {{ eos_token }}{{ unk_token }}\n  {% endif %}\n",
 ]
 
@@ -63,8 +71,12 @@ def test_what_does_not_end_is_ended_and_the_next_one_renders(tight: Any, templat
 @pytest.mark.parametrize(
     "template",
     ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+     "{{ dict.__class__.mro() }}", "{{ namespace(_a=1) }}", "{{ namespace({'__class__': 1}) }}",
+     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
      "{% include '/etc/passwd' %}", "{{ raise_exception('no') }}", "{% if", "{% for a in range(10**9) %}{% endfor %}"],
-    ids=["O8 classes", "O8 globals", "O8 a file", "O8 an exception", "O8 no template", "O8 a long range"],
+    ids=["O8 classes", "O8 globals", "O8 a dict's class", "O8 a namespace's names",
+         "O8 a namespace's class", "O8 a name set", "O8 a file",
+         "O8 an exception", "O8 no template", "O8 a long range"],
 )  # fmt: skip
 def test_what_a_template_may_not_is_refused(template: str) -> None:
     with pytest.raises(DataError, match="refuses the conversation"):
