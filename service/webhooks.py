@@ -12,8 +12,8 @@ import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from sqlalchemy import Select, func, select, update
 from sqlalchemy import delete as delete_rows
-from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from lora_engine.errors import SpecError
@@ -62,7 +62,7 @@ class WebhookChange:
     """The body of ``PATCH /webhooks/{webhook_id}``: what is left out stays as it is.
 
     Attributes:
-        enabled: false: nothing is sent, and nothing is kept for later.
+        enabled: false: nothing is sent, and nothing is kept for later: what waits is dead, and can be sent again.
     """
 
     url: str | None = None
@@ -115,7 +115,16 @@ def create(session: Session, owner_id: str, request: WebhookRequest, url: str) -
 
 def get(session: Session, owner_id: str, webhook_id: str) -> Webhook:
     """Raises NotFound, also for another owner's webhook."""
-    webhook = session.scalar(select(Webhook).where(Webhook.id == webhook_id, Webhook.owner_id == owner_id))
+    return _found(session, owner_id, webhook_id, select(Webhook))
+
+
+def _locked(session: Session, owner_id: str, webhook_id: str) -> Webhook:
+    """`get`, after those transactions that announce something to it, and before others that will."""
+    return _found(session, owner_id, webhook_id, select(Webhook).with_for_update())
+
+
+def _found(session: Session, owner_id: str, webhook_id: str, rows: Select[tuple[Webhook]]) -> Webhook:
+    webhook = session.scalar(rows.where(Webhook.id == webhook_id, Webhook.owner_id == owner_id))
     if webhook is None:
         raise NotFound(f"there is no webhook {webhook_id[:80]!r}")
     return webhook
@@ -132,19 +141,21 @@ def page(session: Session, owner_id: str, after: str | None, limit: int) -> tupl
 
 def change(session: Session, owner_id: str, webhook_id: str, wanted: WebhookChange, url: str | None) -> Webhook:
     """`url` has been checked. Raises NotFound."""
-    webhook = get(session, owner_id, webhook_id)
+    webhook = _locked(session, owner_id, webhook_id)
     webhook.url = url or webhook.url
     webhook.name = wanted.name or webhook.name
     if wanted.event_types is not None:
         webhook.event_types = list(dict.fromkeys(wanted.event_types))
     if wanted.enabled is not None:
         webhook.enabled = wanted.enabled
+        if not wanted.enabled:
+            _drop_waiting(session, webhook_id)
     return webhook
 
 
 def delete(session: Session, owner_id: str, webhook_id: str) -> None:
     """With its deliveries. Raises NotFound."""
-    webhook = get(session, owner_id, webhook_id)
+    webhook = _locked(session, owner_id, webhook_id)
     session.execute(delete_rows(WebhookDelivery).where(WebhookDelivery.webhook_id == webhook.id))
     session.delete(webhook)
 
@@ -199,6 +210,8 @@ def announce(session: Session, job_id: str) -> None:
     """Write what the owner's webhooks are to be told of a job that this transaction ends."""
     job = session.execute(select(Job.owner_id, Job.kind, Job.state).where(Job.id == job_id)).one()
     hooks = select(Webhook.id, Webhook.event_types).where(Webhook.owner_id == job.owner_id, Webhook.enabled)
+    # None of them may be deleted before the commit: deliveries refer to them, and this transaction must not fail.
+    hooks = hooks.order_by(Webhook.id).with_for_update(read=True, key_share=True)
     known = {f"job.{job.state}"} | ({f"fine_tuning.job.{job.state}"} if job.kind == "train" else set())
     for hook in session.execute(hooks).all():
         for event_type in known.intersection(hook.event_types):
@@ -271,22 +284,36 @@ def claim_due(session: Session, limit: int, busy: Collection[str]) -> list[Due]:
 
 def settle(session: Session, due: Due, outcome: Outcome) -> None:
     """Record what came of an attempt. Of one that is no longer the last, only a success counts."""
-    mine = (WebhookDelivery.id == due.id, WebhookDelivery.state == "pending")
     told = {"last_status": outcome.status, "last_error": outcome.error}
     if outcome.delivered:
+        undelivered = (WebhookDelivery.id == due.id, WebhookDelivery.state != "delivered")
         values = told | {"state": "delivered", "delivered_at": now()}
-        session.execute(update(WebhookDelivery).where(*mine).values(**values))
+        session.execute(update(WebhookDelivery).where(*undelivered).values(**values))
         return
-    latest = (*mine, WebhookDelivery.attempts == due.attempts)
-    gone = outcome.status == _GONE
-    if gone:
-        session.execute(update(Webhook).where(Webhook.id == due.webhook_id).values(enabled=False))
+    gone = outcome.status == _GONE and _is_url_of(session, due)
+    pending = (WebhookDelivery.id == due.id, WebhookDelivery.state == "pending")
+    latest = (*pending, WebhookDelivery.attempts == due.attempts)
     if gone or due.attempts > len(RETRIES):
         session.execute(update(WebhookDelivery).where(*latest).values(**told, state="dead"))
+        if gone:
+            session.execute(update(Webhook).where(Webhook.id == due.webhook_id).values(enabled=False))
+            _drop_waiting(session, due.webhook_id)
         return
     # Spread, so that a receiver that comes back is not met by everything at once.
     pause = RETRIES[due.attempts - 1] * random.uniform(0.8, 1.2)  # noqa: S311
     session.execute(update(WebhookDelivery).where(*latest).values(**told, next_attempt_at=now() + pause))
+
+
+def _is_url_of(session: Session, due: Due) -> bool:
+    """Whether the webhook still has the URL that was tried; it is locked then."""
+    rows = select(Webhook.id).where(Webhook.id == due.webhook_id, Webhook.url == due.url)
+    return session.scalar(rows.with_for_update()) is not None
+
+
+def _drop_waiting(session: Session, webhook_id: str) -> None:
+    waiting = (WebhookDelivery.webhook_id == webhook_id, WebhookDelivery.state == "pending")
+    dropped = update(WebhookDelivery).where(*waiting).values(state="dead", last_error="the webhook was disabled")
+    session.execute(dropped.execution_options(synchronize_session=False))
 
 
 def forget_old(session: Session) -> None:

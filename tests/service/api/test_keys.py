@@ -8,7 +8,7 @@ from sqlalchemy import select, update
 
 from service import users
 from service.api import gate
-from service.models import ApiKey, AuditEntry
+from service.models import ApiKey, AuditEntry, User
 from service.settings import Settings
 from tests.service.site import LINE, Site, open_site
 
@@ -156,3 +156,35 @@ def test_what_scope_a_key_at_the_console_gets(settings: Settings) -> None:
 def test_what_no_key_can_be(shared_site: Site, fields: dict[str, Any]) -> None:
     answer = shared_site.ann.post("/keys", json=fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, next(iter(fields)))
+
+
+def test_a_key_that_expires_makes_none_that_lasts_longer(site: Site) -> None:
+    told, client = made(site, expires_in_seconds=100)
+    for asked in ({}, {"expires_in_seconds": 200}):
+        answer = client.post("/keys", json=asked)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "outlives_its_maker")
+    assert client.post("/keys", json={"expires_in_seconds": 50}).status_code == 201
+    lasting, _ = made(site)
+    for key_id in (lasting["id"], told["id"]):
+        fresh = client.post(f"/keys/{key_id}/rotate", json={})
+        assert fresh.status_code == 201
+        assert fresh.json()["expires_at"] <= told["expires_at"] + 0.01
+
+
+def test_a_key_ends_none_of_a_wider_scope(site: Site) -> None:
+    with site.database.unit_of_work() as session:
+        row, secret = users.issue_key(session, site.ids["ann"], users.KeyRequest(scope="admin"))
+    answer = site.ann.delete(f"/keys/{row.id}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "insufficient_scope")
+    operator = with_key(site, secret)
+    assert operator.get("/users").status_code == 200
+    assert operator.delete(f"/keys/{row.id}").status_code == 200
+
+
+def test_who_is_being_deleted_gets_no_key(site: Site) -> None:
+    told, _ = made(site)
+    with site.database.unit_of_work() as session:
+        session.execute(update(User).where(User.id == site.ids["ann"]).values(deleted_at=1.0))
+    for path in ("/keys", f"/keys/{told['id']}/rotate"):
+        answer = site.ann.post(path, json={})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "user_deleted")

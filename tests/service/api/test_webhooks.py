@@ -4,6 +4,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from service.courier import Courier
 from service.db import now
 from service.models import Job, Webhook, WebhookDelivery
 from service.settings import Settings
+from service.webhook_delivery import Outcome
 from tests.service.site import Site, open_site
 from tests.service.webhook_receiver import receiving, status
 
@@ -274,3 +277,58 @@ def test_no_log_line_holds_the_url_or_the_secret(site: Site, caplog: pytest.LogC
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("service")]
     assert any(made["id"] in line for line in ours)
     assert not any("canary-in-a-url" in line or made["secret"] in line for line in ours)
+
+
+def test_what_waits_when_a_webhook_is_disabled_is_not_sent_later(site: Site) -> None:
+    with receiving(status(500), status(200)) as receiver:
+        made = hook(site, receiver.port)
+        path = f"/webhooks/{made['id']}"
+        cancel_one(site)
+        until(lambda: [row for row in sent_to(site, made["id"]) if row["last_status"] == 500])
+        assert site.ann.patch(path, json={"enabled": False}).status_code == 200
+        (dead,) = sent_to(site, made["id"])
+        assert (dead["state"], dead["last_error"]) == ("dead", "the webhook was disabled")
+        assert site.ann.patch(path, json={"enabled": True}).status_code == 200
+        assert site.ann.post(f"{path}/deliveries/{dead['id']}/resend").status_code == 200
+        until(lambda: [row for row in sent_to(site, made["id"]) if row["state"] == "delivered"])
+
+
+def test_410_of_a_url_that_was_changed_since_disables_nothing(site: Site) -> None:
+    made = hook(site, 9999)
+    path = f"/webhooks/{made['id']}"
+    due = webhooks.Due("message-0", site.ids["ann"], made["id"], "http://127.0.0.1:9998/older", "", "{}", 1)
+    gone = Outcome(status=410, error="answered with 410")
+    with site.database.unit_of_work() as session:
+        webhooks.settle(session, due, gone)
+    assert site.ann.get(path).json()["enabled"] is True
+    with site.database.unit_of_work() as session:
+        webhooks.settle(session, replace(due, url=made["url"]), gone)
+    assert site.ann.get(path).json()["enabled"] is False
+
+
+def test_a_webhook_that_is_deleted_while_a_job_ends_fails_neither(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(
+        data_dir=tmp_path / "data", database_url=postgres_url,
+        webhooks=True, webhooks_over_http=True, webhook_networks="127.0.0.0/8",
+    )  # fmt: skip
+    monkeypatch.setattr(Courier, "start", lambda _: None)
+    with open_site(settings) as site, ThreadPoolExecutor(1) as pool:
+        # The job's end comes first: the deletion waits for its commit, and takes the message along.
+        made, job_id = hook(site, 9999), site.train()
+        with site.database.unit_of_work() as session:
+            jobs.cancel(session, site.ids["ann"], job_id)
+            deletion = pool.submit(site.ann.delete, f"/webhooks/{made['id']}")
+            assert wait([deletion], timeout=0.5).not_done
+        assert deletion.result(timeout=10).status_code == 200
+        # The deletion comes first: the job's end waits, and there is nobody to tell.
+        made, job_id = hook(site, 9999), site.train()
+        with site.database.unit_of_work() as session:
+            webhooks.delete(session, site.ids["ann"], made["id"])
+            session.flush()
+            ends = pool.submit(site.ann.post, f"/jobs/{job_id}/cancel")
+            assert wait([ends], timeout=0.5).not_done
+        assert ends.result(timeout=10).status_code == 202
+        with site.database.reading() as session:
+            assert session.scalars(select(WebhookDelivery.id)).all() == []
