@@ -112,7 +112,7 @@ def _count(session: Session, *conditions: ColumnElement[bool]) -> int:
     return session.scalar(_counted(*conditions)) or 0
 
 
-def _counted(*conditions: ColumnElement[bool]) -> Select[tuple[int]]:
+def _counted(*conditions: ColumnElement[bool]) -> Select[Any]:
     # Spelled as the partial index has it: from parameters the planner could not tell that the index fits.
     unfinished = text(f"jobs.state NOT IN {TERMINAL}")
     return select(func.count()).select_from(Job).where(*conditions, unfinished)
