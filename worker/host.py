@@ -5,7 +5,6 @@ worker: the kernel kills it, and should that fail, its stdin ends.
 """
 
 import ctypes
-import errno
 import faulthandler
 import logging
 import os
@@ -19,14 +18,13 @@ import torch
 from safetensors import SafetensorError
 
 from lora_engine.errors import AdapterError, BaseModelError, EngineError, OutOfMemory
-from worker import exporting, merging, training
+from worker import exporting, io_faults, merging, training
 from worker.channel import HostChannel, News
 from worker.telling import Stopped
 from worker.warm_base import WarmBase
 
 _PR_SET_PDEATHSIG = 1
 _NO_MEMORY = "memory ran out; lower sequence_length or the rank, or use nf4"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _VERBS: dict[str, Callable[[dict[str, Any], WarmBase, HostChannel], None]] = {
     "train": training.train,
     "merge": merging.merge,
@@ -72,13 +70,11 @@ def _carry_out(order: News, channel: HostChannel, warm: WarmBase) -> None:
         channel.send("failed", **_reason(AdapterError(message)))
     except (OSError, SafetensorError) as error:
         log.exception("order %s", order.event)
-        full = {"code": "disk_full", "message": "the worker's disk is full"}
-        if getattr(error, "errno", None) not in _FULL:
-            channel.send("interrupted", code="io_error", message=f"{getattr(error, 'strerror', None) or error}")
-        elif order.event == "train":  # goes on from its checkpoint once there is room
-            channel.send("interrupted", **full)
-        else:  # would begin again and end here again
-            channel.send("failed", **full, category="capacity")
+        code, message = io_faults.told(error)
+        if code == "disk_full" and order.event != "train":  # would begin again and end here again
+            channel.send("failed", code=code, message=message, category="capacity")
+        else:  # a training goes on from its checkpoint once there is room
+            channel.send("interrupted", code=code, message=message)
     except Exception as error:
         # Nobody knows what state this process is in now; the next one starts afresh.
         log.exception("order %s", order.event)

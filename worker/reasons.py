@@ -1,16 +1,15 @@
 """Why an attempt was lost: a code, words for the job's owner, and whether it counts against the job."""
 
-import errno
 from dataclasses import dataclass
 
-from service.errors import NoSpace, ServiceError
+from service.errors import NoSpace, ServiceError, TimedOut, Unavailable
 from service.storage import ObjectDamaged, ObjectMissing
+from worker import io_faults
 from worker.child import HostDied
 from worker.device_faults import DeviceFault
 
 # Not the job's doing, and not to be held against it: it waits for as long as it takes.
 _OUTAGES = ("storage_unavailable", "io_error", "disk_full", "device_fault")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Interrupted(Exception):
@@ -54,12 +53,12 @@ def _told(error: Exception, out_of_memory: bool) -> tuple[str, str]:
             return "storage_damaged", f"a stored object is missing or damaged: {error}"
         case NoSpace():
             return "disk_full", error.message
-        case ServiceError():
+        case Unavailable() | TimedOut():
             return "storage_unavailable", error.message
-        case OSError() if error.errno in _FULL:
-            return "disk_full", "the worker's disk is full"
+        case ServiceError():
+            return error.code, error.message
         case OSError():
-            return "io_error", f"the worker's disk failed: {error.strerror or error}"
+            return io_faults.told(error)
         case _:
             return "internal_error", f"an unforeseen fault in the worker: {type(error).__name__}"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import func, select
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -21,6 +22,7 @@ from service import storage as objects
 from service.db import Database
 from service.errors import ServiceError
 from service.leases import Claim, Fenced, Result
+from service.models import Checkpoint, JobEvent
 from service.settings import Settings
 from service.storage import ObjectMissing, Storage
 from worker import memory, orders, reasons, workspace
@@ -28,12 +30,13 @@ from worker.channel import News
 from worker.child import Host
 from worker.device_faults import DeviceFaults
 from worker.progress import Reporter
-from worker.reasons import Interrupted
+from worker.reasons import Interrupted, Reason
 from worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 _KEPT_CHECKPOINTS = 2  # the older one is for the day on which the newer one's bytes do not verify
 _RETRY_SECONDS = 1.0
+_FULL_DISKS = 5  # that an attempt may end at without a newer checkpoint: no disk may ever be large enough
 _DUMP_SECONDS = 1.0  # for a host that hangs to say where
 _LOOK_SECONDS = 0.2  # how soon a cancel, a drain or a fence is noticed between two messages of the host
 
@@ -86,12 +89,28 @@ def _lose(attempt: Attempt, reporter: Reporter, error: Exception) -> None:
     log.warning("%s: attempt lost: %s", attempt.claim.job_id, why.message, exc_info=error)
 
     def retry(session: Session) -> None:
-        leases.retry(session, attempt.claim, why.code, why.message, counted=why.counted)
+        if why.code == "disk_full" and not isinstance(error, ServiceError) and _too_often(session, attempt.claim, why):
+            text = f"gave up after {_FULL_DISKS} attempts without a newer checkpoint; the last one: {why.message}"
+            leases.fail(session, attempt.claim, why.code, "capacity", text)
+        else:
+            leases.retry(session, attempt.claim, why.code, why.message, counted=why.counted)
 
     try:
         _commit(attempt, reporter, retry)
     except Fenced:
         _discard(attempt)
+
+
+def _too_often(session: Session, claim: Claim, why: Reason) -> bool:
+    """Whether it is time to give up what goes back without being counted: by the events since the last checkpoint."""
+    recorded = select(func.coalesce(func.max(Checkpoint.epoch), 0)).where(Checkpoint.job_id == claim.job_id)
+    lost = select(func.count()).where(
+        JobEvent.job_id == claim.job_id,
+        JobEvent.epoch > recorded.scalar_subquery(),
+        JobEvent.level == "warn",
+        JobEvent.message.endswith(why.message, autoescape=True),
+    )
+    return (session.scalar(lost) or 0) + 1 >= _FULL_DISKS
 
 
 def _discard(attempt: Attempt) -> None:

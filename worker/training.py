@@ -29,7 +29,9 @@ def train(order: dict[str, Any], warm: WarmBase, channel: HostChannel) -> None:
     with Training(spec, base, pulse(channel)) as training:
         if order["resume"] is not None:
             _resume(training, Path(order["resume"]), channel)
-        channel.send("planned", step=training.step, total_steps=training.plan.steps)
+        plan = training.plan
+        seconds = plan.predicted_step_seconds
+        channel.send("planned", step=training.step, total_steps=plan.steps, predicted_step_seconds=seconds)
         try:
             if not _make_steps(training, channel):
                 channel.send("stopped")

@@ -1,5 +1,6 @@
 """The base model that was used last, kept for the next job; and whether its files are the pinned ones."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from lora_engine.base_model import BaseModel
 from lora_engine.config import TrainingConfig
 from lora_engine.errors import BaseModelError
 from worker.channel import HostChannel
+
+log = logging.getLogger(__name__)
 
 
 class WarmBase:
@@ -26,7 +29,7 @@ class WarmBase:
         """The base model, loaded unless it is here already.
 
         Raises:
-            BaseModelError: the folder's files are not the ones the catalogue pinned.
+            BaseModelError: the folder is missing, or its files are not the ones the catalogue pinned.
         """
         key = (base["digest"], training.quantization, training.compute_dtype)
         if self._key != key or self._base is None:
@@ -46,9 +49,16 @@ class WarmBase:
 
 
 def verified(base: dict[str, Any], channel: HostChannel) -> Path:
-    """The base model's folder. Raises BaseModelError unless its files are the ones the catalogue pinned."""
+    """The base model's folder. Raises BaseModelError unless its files are here, and the pinned ones."""
     channel.send("phase", phase="verifying base model")
     folder = Path(base["folder"])
-    if base_files.digest(folder) != base["digest"]:
+    try:
+        digest = base_files.digest(folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        log.error("base model %s: %s", base["id"], error)
+        raise BaseModelError(
+            f"the folder of base model {base['id']} cannot be read on this worker: {error.strerror}"
+        ) from error
+    if digest != base["digest"]:
         raise BaseModelError(f"the files of base model {base['id']} are not those that the catalogue pinned")
     return folder

@@ -1,7 +1,8 @@
 """Notices that a host computes no more although it lives: a kernel that never returns, a file system that hangs.
 
 The lease says nothing of that, as another process renews it. A training tells of every step, and while it is at one, of
-every micro-batch and every few seconds; other work tells less, and has longer.
+every micro-batch and every few seconds; before the first, how long one should take. Other work tells less, and has
+longer.
 """
 
 import statistics
@@ -22,6 +23,7 @@ class Watchdog:
         self._stall_seconds = stall_seconds
         self._durations: deque[float] = deque(maxlen=_STEPS)
         self._training = False
+        self._predicted = 0.0
         self._last = time.monotonic()
 
     def heard(self, news: News) -> None:
@@ -29,6 +31,7 @@ class Watchdog:
         self._last = time.monotonic()
         if news.event == "planned":
             self._training = True
+            self._predicted = float(news.data.get("predicted_step_seconds") or 0.0)
         elif news.event == "phase":
             self._training = False
         elif news.event == "step":
@@ -39,7 +42,7 @@ class Watchdog:
         if not self._training:
             return _OTHER_WORK * self._stall_seconds
         usual = statistics.median(self._durations) if self._durations else 0.0
-        return max(self._stall_seconds, _TIMES_A_STEP * usual)
+        return max(self._stall_seconds, _TIMES_A_STEP * max(usual, self._predicted))
 
     @property
     def silence(self) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors import SafetensorError
 from sqlalchemy import update
 
 from lora_engine import base_files
@@ -207,7 +208,36 @@ def test_a_full_disk_fails_the_job_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         channel = _Channel()
         host._carry_out(News(verb, {}), channel, WarmBase("cpu", 0))  # type: ignore[arg-type]
         assert [news.event for news in channel.sent] == [event]
-    assert channel.sent[0].data["code"] == "io_error"
+    assert channel.sent[0].data["code"] == "disk_full"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "io_error"),
+        (PermissionError(errno.EACCES, "Permission denied"), "file_unusable"),
+        (SafetensorError("header too large"), "file_unusable"),
+        (SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"), "io_error"),
+    ],
+)
+def test_a_file_that_fails_interrupts(monkeypatch: pytest.MonkeyPatch, error: Exception, code: str) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(host._VERBS, "merge", fail)
+    channel = _Channel()
+    host._carry_out(News("merge", {}), channel, WarmBase("cpu", 0))  # type: ignore[arg-type]
+    assert (channel.sent[0].event, channel.sent[0].data["code"]) == ("interrupted", code)
+
+
+def test_a_base_model_that_is_not_on_this_worker_is_named(tmp_path: Path) -> None:
+    channel = _Channel()
+    base = {"id": "tiny", "folder": str(tmp_path / "gone"), "digest": "x"}
+    order = {"spec": {"base_model": base["folder"], "adapters": [{"path": "x"}], "output": "out"}, "base": base}
+    host._carry_out(News("export", order), channel, WarmBase("cpu", 0))  # type: ignore[arg-type]
+    told = channel.sent[-1]
+    assert (told.event, told.data["code"]) == ("interrupted", "base_model_unusable")
+    assert "the folder of base model tiny cannot be read on this worker: No such file" in told.data["message"]
 
 
 @pytest.mark.parametrize("error", [numpy.linalg.LinAlgError("SVD did not converge"), torch.linalg.LinAlgError("no")])

@@ -201,6 +201,21 @@ def test_a_full_disk_costs_steps_and_not_the_job(
     assert bench.adapter(job_id).digest == undisturbed
 
 
+def test_a_disk_that_is_full_at_every_attempt_ends_the_job(bench: Bench, points: Failpoints) -> None:
+    """Whatever was computed before the first checkpoint, five times, was for nothing: so it would go on."""
+    job_id = bench.submit(lora=LORA, epochs=2)
+    for loss in range(1, 6):
+        points.arm("checkpoint.writing", "raise", at=1, error="ENOSPC")
+        bench.rest()
+        bench.run()
+        assert bench.job(job_id).state == ("failed" if loss == 5 else "queued")
+    job = bench.job(job_id)
+    assert (job.error_code, job.error_category, job.attempt) == ("disk_full", "capacity", 5)
+    assert "gave up after 5 attempts without a newer checkpoint; the last one: the worker's disk" in str(
+        job.error_message
+    )
+
+
 def test_a_disk_that_fails_records_no_checkpoint(bench: Bench, undisturbed: str, points: Failpoints) -> None:
     job_id = bench.submit(lora=LORA, epochs=2)
     points.arm("folder.before_rename", "raise", at=2, error="EIO")
@@ -228,8 +243,11 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_disk_of_any_size_costs_time_and_never_the_job(tmp_path: Path, bench: Bench, undisturbed: str) -> None:
+def test_a_disk_of_any_size_costs_time_and_never_the_job(
+    tmp_path: Path, bench: Bench, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The work folder lies on a disk that grows from attempt to attempt: each gets further, none loses a checkpoint."""
+    monkeypatch.setattr("worker.run._FULL_DISKS", 100)  # it grows in small steps
     small = Bench(tmp_path, bench.model, bench.examples, min_free_bytes=0)
     job_id = small.submit(lora=LORA, epochs=2)
     stored, reasons = 0, set()

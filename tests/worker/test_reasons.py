@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import NoSpace, Unavailable
+from service.errors import NoSpace, NotFound, TimedOut, Unavailable
 from service.storage import ObjectDamaged, ObjectMissing
 from worker import memory, reasons
 from worker.child import HostDied
@@ -28,6 +28,15 @@ from worker.reasons import Interrupted
         (NoSpace("no room"), "disk_full", False, "no room"),
         (OSError(errno.ENOSPC, "No space"), "disk_full", False, "disk is full"),
         (OSError(errno.EIO, "Input/output error"), "io_error", False, "Input/output error"),
+        (OSError(errno.ESTALE, "Stale file handle"), "io_error", False, "Stale"),
+        (TimeoutError("timed out"), "io_error", False, "timed out"),
+        (ConnectionResetError("reset by peer"), "io_error", False, "reset by peer"),
+        (Interrupted("io_error", "Input/output error"), "io_error", False, "Input/output error"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), "file_unusable", True, "No such file"),
+        (PermissionError(errno.EACCES, "Permission denied"), "file_unusable", True, "Permission denied"),
+        (Interrupted("file_unusable", "No such file"), "file_unusable", True, "No such file"),
+        (TimedOut("no answer"), "storage_unavailable", False, "no answer"),
+        (NotFound("no such adapter"), "not_found", True, "no such adapter"),
         (KeyError("x"), "internal_error", True, "KeyError"),
     ],
 )

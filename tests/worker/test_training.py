@@ -68,6 +68,11 @@ def patch_norms(monkeypatch: pytest.MonkeyPatch, *norms: float) -> None:
     monkeypatch.setattr(optim, "clip", lambda *arguments: next(given, None) or clip(*arguments))
 
 
+def test_the_plan_tells_how_long_a_step_takes(bench: Bench, tmp_path: Path) -> None:
+    (planned,) = [news.data for news in train(tmp_path, bench.model, bench.examples) if news.event == "planned"]
+    assert 0 < planned["predicted_step_seconds"] < 60
+
+
 def test_a_skipped_step_is_told_as_a_warning_and_without_what_is_no_number(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,17 @@ def test_a_training_may_be_silent_for_ten_steps_but_at_least_for_the_setting(clo
     assert not dog.expired
 
 
+def test_before_the_first_step_has_ended_the_plan_says_how_long_one_may_take(clock: Clock) -> None:
+    dog = Watchdog(300)
+    dog.heard(News("planned", {"predicted_step_seconds": 90.0}))
+    assert dog.limit == 900  # also for the evaluation that comes before it
+    dog.heard(step(2))
+    assert dog.limit == 900
+    for unknown in ({"predicted_step_seconds": None}, {"predicted_step_seconds": 1.0}):
+        dog.heard(News("planned", unknown))
+        assert dog.limit == 300
+
+
 def test_other_work_tells_less_and_has_longer(clock: Clock) -> None:
     dog = Watchdog(300)
     clock.now = 3599
