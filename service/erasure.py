@@ -119,10 +119,13 @@ def work(database: Database, storage: Storage, erasure_id: str) -> Erasure:
     Raises:
         Unavailable, OSError: the store failed; the sweep tries again.
     """
-    with database.reading() as session:
+    with database.unit_of_work() as session:
         order = session.get_one(Erasure, erasure_id)
+        if order.finished_at is not None:
+            return order
         lineage = _lineage(session, order)
-        waits = order.finished_at is not None or _unfinished(session, lineage)
+        _stop(session, order.owner_id, lineage)  # also what was accepted while the order waited to be given
+        waits = _unfinished(session, lineage)
     if waits:
         return order
     objects = sum(_remove(storage, prefix) for prefix in lineage.prefixes)
@@ -160,17 +163,22 @@ def _order(session: Session, kind: str, subject_id: str, owner_id: str) -> Erasu
     session.add(order)
     session.flush()
     session.refresh(order)
-    lineage = _lineage(session, order)
-    for job_id in lineage.jobs:
-        with suppress(Conflict):  # it has ended
-            jobs.cancel(session, owner_id, job_id)
+    _stop(session, owner_id, _lineage(session, order))
+    return order
+
+
+def _stop(session: Session, owner_id: str, lineage: Lineage) -> None:
+    """Cancel the jobs that have not ended, and hide the rest."""
+    for condition in _in(Job.id, lineage.jobs):
+        for job_id in session.scalars(select(Job.id).where(condition, Job.state.not_in(TERMINAL))).all():
+            with suppress(Conflict):  # it has ended since
+                jobs.cancel(session, owner_id, job_id)
     for table, ids in ((Dataset, lineage.datasets), (Adapter, lineage.adapters), (Artifact, lineage.artifacts)):
         for condition in _in(table.id, ids):
             visible = update(table).where(condition, table.deleted_at.is_(None))
             session.execute(visible.values(deleted_at=now()).execution_options(synchronize_session=False))
     for condition in _in(AdapterAlias.adapter_id, lineage.adapters):
         session.execute(delete(AdapterAlias).where(condition))
-    return order
 
 
 def _lineage(session: Session, order: Erasure) -> Lineage:

@@ -37,7 +37,7 @@ class Sweep:
         self._settings, self._database, self._storage, self._celery = settings, database, storage, celery
         self._erases = erases
         self._stopping = threading.Event()
-        self._quiet_until = 0.0
+        self._quiet_until = time.monotonic() + settings.lease_seconds  # it may be the end of an outage
         self._thread = threading.Thread(target=self._loop, name="sweep", daemon=True)
 
     def start(self) -> None:

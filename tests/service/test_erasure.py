@@ -329,3 +329,19 @@ def test_another_owners_dataset_is_not_there(work: Work, tmp_path: Path) -> None
             erasure.order_dataset(session, work.owner, dataset_id)
     with work.database.reading() as session:
         assert datasets.get(session, neighbour.owner, theirs).status == "ready"
+
+
+def test_what_was_accepted_while_the_order_was_given_goes_too(work: Work) -> None:
+    dataset_id = work.dataset()
+    adapter = work.trained(dataset_id)
+    with work.database.unit_of_work() as session:
+        order = erasure.order_dataset(session, work.owner, dataset_id)
+    job_id = work.job(parents=(adapter,), kind="merge")  # its request had looked the adapter up before
+    with work.database.unit_of_work() as session:
+        jobs.pause(session, work.owner, job_id)
+    erasure.sweep(work.database, work.storage)
+    with work.database.reading() as session:
+        receipt = session.get_one(Erasure, order.id)
+    assert receipt.finished_at is not None
+    assert job_id in receipt.receipt["jobs"]
+    assert count(work.database, Job) == 0

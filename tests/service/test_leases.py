@@ -328,3 +328,22 @@ def test_a_checkpoint_belongs_to_its_epoch(database: Database) -> None:
     with database.reading() as session:
         checkpoint = session.scalars(select(Checkpoint)).one()
     assert (checkpoint.step, checkpoint.epoch, checkpoint.manifest_sha256) == (4, claim.epoch, "a" * 64)
+
+
+def test_what_is_asked_for_again_is_told_once(database: Database) -> None:
+    """As workers and clients do when the answer to a commit was lost."""
+    rows.add_job(database)
+    claim = claimed(database)
+    for _ in range(2):
+        with database.unit_of_work() as session:
+            leases.start(session, claim)
+    started_at = job_of(database, claim.job_id).started_at
+    states = []
+    for _ in range(2):
+        with database.unit_of_work() as session:
+            states.append(jobs.cancel(session, claim.owner_id, claim.job_id).state)
+    assert states == ["cancelling", "cancelling"]
+    assert job_of(database, claim.job_id).started_at == started_at
+    with database.reading() as session:
+        told = session.scalars(select(JobEvent.message).order_by(JobEvent.seq)).all()
+    assert told[1:] == ["Running", "Cancel requested"]

@@ -40,6 +40,7 @@ def celery(broker: Valkey) -> Celery:
 @pytest.fixture
 def sweeper(own: Settings, database: Database, local: Storage, celery: Celery) -> Iterator[Sweep]:
     sweeper = Sweep(own, database, local, celery)
+    sweeper._quiet_until = 0.0
     yield sweeper
     sweeper.stop()
 
@@ -123,6 +124,22 @@ def test_after_an_outage_healthy_workers_renew_before_anything_is_reaped(
     sweeper.once()
     with database.reading() as session:
         assert session.get_one(Job, job_id).state == "queued"
+
+
+def test_a_process_that_has_just_started_reaps_nothing_for_one_lease(
+    own: Settings, database: Database, local: Storage, celery: Celery
+) -> None:
+    """It may have started at the end of an outage, when every lease looks expired."""
+    job_id = rows.add_job(database)
+    with database.unit_of_work() as session:
+        assert leases.claim(session, "w", "cpu:1", 60)
+        session.execute(update(Job).where(Job.id == job_id).values(lease_until=now() - 1))
+    for lease_seconds, state in ((60.0, "claimed"), (0.01, "queued")):
+        sweeper = Sweep(own.model_copy(update={"lease_seconds": lease_seconds}), database, local, celery)
+        time.sleep(0.02)
+        sweeper.once()
+        with database.reading() as session:
+            assert session.get_one(Job, job_id).state == state
 
 
 def raise_operational_error(*_: object) -> None:
