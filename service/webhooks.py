@@ -123,7 +123,7 @@ def _locked(session: Session, owner_id: str, webhook_id: str) -> Webhook:
     return _found(session, owner_id, webhook_id, select(Webhook).with_for_update())
 
 
-def _found(session: Session, owner_id: str, webhook_id: str, rows: Select[tuple[Webhook]]) -> Webhook:
+def _found(session: Session, owner_id: str, webhook_id: str, rows: Select[Webhook]) -> Webhook:
     webhook = session.scalar(rows.where(Webhook.id == webhook_id, Webhook.owner_id == owner_id))
     if webhook is None:
         raise NotFound(f"there is no webhook {webhook_id[:80]!r}")
