@@ -236,6 +236,10 @@ def test_f34_the_reaper_is_killed_and_another_reaps(api: Api) -> None:
     api.process.kill()
     api.process.wait()
     api.points.arm("sweep.before_reap_commit")
+    # A process that has just started reaps nothing for one lease.
+    api.environment |= {f"LUTHIER_{name}_SECONDS": "1" for name in ("LEASE", "SWEEP")} | {
+        "LUTHIER_HEARTBEAT_SECONDS": "0.5"
+    }
     api.start()
     assert api.died()
     with api.database.reading() as session:
