@@ -29,7 +29,7 @@ _RESERVE = 0.9
 # Parameters of an adapter of which a second copy is kept although nothing is evaluated.
 _LARGEST_KEPT = 64 << 20
 # Of the predictions: no less than the largest over a grid of small configurations (benchmarks/plan.py).
-_MEMORY_ERROR, _TIME_ERROR = 0.13, 0.25
+_MEMORY_ERROR, _TIME_ERROR = 0.16, 0.28
 # What a heap takes for what a job holds, the mean of that grid: `machine.Heap` bounds it.
 _HOLES = 1.09
 # Seconds from which on what a pass does for the first time no longer shows in its time.

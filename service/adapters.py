@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from lora_engine.adapter_header import CONFIG, LINEAGE, WEIGHTS
 from lora_engine.safetensors_file import data_offset
 from service import storage as objects
-from service.db import now
+from service.db import newest, now
 from service.errors import Conflict, Invalid, NotFound
 from service.models import TERMINAL, Adapter, AdapterAlias, AdapterParent, Job
 from service.storage import Storage
@@ -39,10 +39,7 @@ def get(session: Session, owner_id: str, adapter_id: str, *, keep: bool = False)
 def page(session: Session, owner_id: str, after: str | None, limit: int) -> tuple[list[Adapter], bool]:
     """The owner's adapters, newest first, below the id `after`; and whether there are more."""
     rows = select(Adapter).where(Adapter.owner_id == owner_id, Adapter.deleted_at.is_(None))
-    if after is not None:
-        rows = rows.where(Adapter.id < after)
-    found = list(session.scalars(rows.order_by(Adapter.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, Adapter.id, after, limit)
 
 
 def by_recipe(session: Session, owner_id: str, recipe_digest: str) -> Adapter | None:

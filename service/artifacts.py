@@ -5,7 +5,7 @@ from collections.abc import Collection
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from service.db import now
+from service.db import newest, now
 from service.errors import NotFound
 from service.models import Artifact
 
@@ -23,12 +23,9 @@ def page(
 ) -> tuple[list[Artifact], bool]:
     """The owner's artifacts, newest first, below the id `after`; and whether there are more."""
     rows = select(Artifact).where(Artifact.owner_id == owner_id, Artifact.deleted_at.is_(None))
-    if after is not None:
-        rows = rows.where(Artifact.id < after)
     if kind is not None:
         rows = rows.where(Artifact.kind == kind)
-    found = list(session.scalars(rows.order_by(Artifact.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, Artifact.id, after, limit)
 
 
 def delete(session: Session, owner_id: str, artifact_id: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
+from service.db import newest
 from service.models import AuditEntry, new_id
 
 
@@ -42,10 +43,7 @@ def page(session: Session, user_id: str | None, after: str | None, limit: int) -
     rows = select(AuditEntry)
     if user_id is not None:
         rows = rows.where(AuditEntry.user_id == user_id)
-    if after is not None:
-        rows = rows.where(AuditEntry.id < after)
-    found = list(session.scalars(rows.order_by(AuditEntry.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, AuditEntry.id, after, limit)
 
 
 def _printable(text: str, length: int) -> str:

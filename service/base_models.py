@@ -12,6 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from lora_engine import base_files
+from service.db import newest
 from service.errors import Conflict, Invalid, NotFound
 from service.models import BaseModel, Job
 
@@ -107,10 +108,7 @@ def catalogued(session: Session, base_model_id: str, param: str = "base_model") 
 def page(session: Session, after: str | None, limit: int) -> tuple[list[BaseModel], bool]:
     """The catalogue, by id descending, below the id `after`; and whether there is more."""
     rows = select(BaseModel)
-    if after is not None:
-        rows = rows.where(BaseModel.id < after)
-    found = list(session.scalars(rows.order_by(BaseModel.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, BaseModel.id, after, limit)
 
 
 def digests(session: Session, base_model_ids: Collection[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from lora_engine import examples, failpoints
 from lora_engine.errors import DataError
 from service import quotas
-from service.db import Database, now
+from service.db import Database, newest, now
 from service.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable, UnsupportedMedia
 from service.models import TERMINAL, Dataset, Job, new_id
 from service.settings import Settings
@@ -205,10 +205,7 @@ def ready(session: Session, owner_id: str, dataset_id: str, param: str = "datase
 def page(session: Session, owner_id: str, after: str | None, limit: int) -> tuple[list[Dataset], bool]:
     """The owner's datasets, newest first, below the id `after`; and whether there are more."""
     rows = select(Dataset).where(Dataset.owner_id == owner_id, Dataset.deleted_at.is_(None))
-    if after is not None:
-        rows = rows.where(Dataset.id < after)
-    found = list(session.scalars(rows.order_by(Dataset.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, Dataset.id, after, limit)
 
 
 def delete(session: Session, owner_id: str, dataset_id: str) -> None:

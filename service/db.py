@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import psycopg
-from sqlalchemy import Connection, Engine, Float, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, Float, Select, create_engine, event, make_url
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.sql.functions import FunctionElement
 
 from lora_engine import failpoints
 
+T = TypeVar("T")
 _AFTER_COMMIT = "luthier.after_commit"
 _WRITES = "luthier_writes"
 # Nobody waits for long: not for a lock, not for a statement, and not for a process that stands still in a transaction.
@@ -128,6 +129,19 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def newest(
+    session: Session, rows: Select[T], key: InstrumentedAttribute[str], after: str | None, limit: int
+) -> tuple[list[T], bool]:
+    """At most `limit` of `rows`, by `key` descending, below `after`; and whether there are more.
+
+    It costs the same however deep the page lies.
+    """
+    if after is not None:
+        rows = rows.where(key < after)
+    found = list(session.scalars(rows.order_by(key.desc()).limit(limit + 1)))
+    return found[:limit], len(found) > limit
 
 
 def after_commit(session: Session, callback: Callable[[], None]) -> None:

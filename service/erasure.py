@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service import jobs, users
-from service.db import Database, now
+from service.db import Database, newest, now
 from service.errors import Conflict, NotFound
 from service.models import (
     TERMINAL,
@@ -107,10 +107,7 @@ def page(session: Session, owner_id: str | None, after: str | None, limit: int) 
     rows = select(Erasure)
     if owner_id is not None:
         rows = rows.where(Erasure.owner_id == owner_id)
-    if after is not None:
-        rows = rows.where(Erasure.id < after)
-    found = list(session.scalars(rows.order_by(Erasure.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, Erasure.id, after, limit)
 
 
 def work(database: Database, storage: Storage, erasure_id: str) -> Erasure:

@@ -13,7 +13,7 @@ from lora_engine.config import LoraConfig, TrainingConfig, check_held_out, to_ma
 from lora_engine.errors import SpecError
 from lora_engine.target_modules import Module, targets
 from service import base_models, datasets, endings, events, leases, queue, quotas, traces
-from service.db import now
+from service.db import newest, now
 from service.errors import Conflict, Invalid, NotFound
 from service.models import ACTIVE, Adapter, Artifact, BaseModel, IdempotencyKey, Job, new_id
 
@@ -115,14 +115,11 @@ def page(
 ) -> tuple[list[Job], bool]:
     """The owner's jobs, newest first, below the id `after`; and whether there are more."""
     rows = select(Job).where(Job.owner_id == owner_id)
-    if after is not None:
-        rows = rows.where(Job.id < after)
     if kind is not None:
         rows = rows.where(Job.kind == kind)
     if status is not None:
         rows = rows.where(_has_status(status))
-    found = list(session.scalars(rows.order_by(Job.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, Job.id, after, limit)
 
 
 def status(job: Job) -> Status:

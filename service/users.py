@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from lora_engine.fields import bounded, one_of
-from service.db import now
+from service.db import newest, now
 from service.errors import Conflict, Forbidden, NotFound, Unauthorized
 from service.models import ApiKey, User, new_id
 
@@ -102,10 +102,7 @@ def get_user(session: Session, user_id: str, *, keep: bool = False) -> User:
 def page(session: Session, after: str | None, limit: int) -> tuple[list[User], bool]:
     """All users, newest first, below the id `after`; and whether there are more."""
     rows = select(User)
-    if after is not None:
-        rows = rows.where(User.id < after)
-    found = list(session.scalars(rows.order_by(User.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, User.id, after, limit)
 
 
 def create_key(session: Session, user_id: str, request: KeyRequest | None = None) -> str:

@@ -17,7 +17,7 @@ from sqlalchemy import delete as delete_rows
 from sqlalchemy.orm import Session
 
 from lora_engine.errors import SpecError
-from service.db import after_commit, now
+from service.db import after_commit, newest, now
 from service.errors import Conflict, Invalid, NotFound
 from service.models import TERMINAL, Adapter, Artifact, Job, Webhook, WebhookDelivery, new_id
 from service.webhook_addresses import Policy, Refused, addresses, parse
@@ -133,10 +133,7 @@ def _found(session: Session, owner_id: str, webhook_id: str, rows: Select[Webhoo
 def page(session: Session, owner_id: str, after: str | None, limit: int) -> tuple[list[Webhook], bool]:
     """The owner's, newest first, below the id `after`; and whether there are more."""
     rows = select(Webhook).where(Webhook.owner_id == owner_id)
-    if after is not None:
-        rows = rows.where(Webhook.id < after)
-    found = list(session.scalars(rows.order_by(Webhook.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, Webhook.id, after, limit)
 
 
 def change(session: Session, owner_id: str, webhook_id: str, wanted: WebhookChange, url: str | None) -> Webhook:
@@ -166,12 +163,9 @@ def deliveries(
     """What was sent or is to be, newest first; and whether there is more. Raises NotFound."""
     get(session, owner_id, webhook_id)
     rows = select(WebhookDelivery).where(WebhookDelivery.webhook_id == webhook_id, WebhookDelivery.owner_id == owner_id)
-    if after is not None:
-        rows = rows.where(WebhookDelivery.id < after)
     if state is not None:
         rows = rows.where(WebhookDelivery.state == state)
-    found = list(session.scalars(rows.order_by(WebhookDelivery.id.desc()).limit(limit + 1)))
-    return found[:limit], len(found) > limit
+    return newest(session, rows, WebhookDelivery.id, after, limit)
 
 
 def delivery(session: Session, owner_id: str, webhook_id: str, delivery_id: str) -> WebhookDelivery:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -136,3 +137,8 @@ def serving(data_dir: Path, database_url: str) -> Iterator[tuple[str, subprocess
         yield f"http://127.0.0.1:{port}", process
     finally:
         stop(process)
+
+
+def merge(site: Site, *adapters: tuple[str, float], key: str | None = None, **fields: Any) -> httpx2.Response:
+    body = {"adapters": [{"adapter": adapter, "weight": weight} for adapter, weight in adapters], **fields}
+    return site.ann.post("/adapters/merge", json=body, headers={"Idempotency-Key": key} if key else {})
